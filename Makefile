@@ -1,0 +1,54 @@
+# `make` lists the targets. `make demo` and `make test` install what they need on first use, into $(VENV).
+SHELL   := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+RUN     ?= runs/demo
+NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb))
+export JUPYTER_PREFER_ENV_PATH := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help install demo test test-all run lab notebooks readme kernels bench export clean-all gates
+.DEFAULT_GOAL := help
+
+help:            ## list the targets
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed   ## create .venv and install everything (done by the other targets when needed)
+
+$(VENV)/.installed: pyproject.toml constraints.txt tools/install.sh
+	@PYTHON="$(PYTHON)" tools/install.sh "$(VENV)"
+
+demo: install    ## synthetic slides -> notebooks -> submission.csv -> score ladder, in runs/demo
+	@$(BIN)/histokit demo --run-dir $(RUN)
+
+run: install     ## run a recipe: make run RECIPE=params/probe.yaml ARGS="-p data_path=my.h5"
+	@$(BIN)/histokit run $(RECIPE) $(ARGS)
+
+test: install    ## every gate: clean, export, README, lint, notebooks, demo by papermill, pytest
+	@BIN="$(BIN)" tools/gates.sh
+
+test-all: install ## the gates, with the slow tests
+	@BIN="$(BIN)" PYTEST_ARGS="-m slow\ or\ not\ slow" tools/gates.sh
+
+lab: install     ## open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir nbs
+
+notebooks: install ## execute every notebook and save its outputs
+	@BIN="$(BIN)" tools/notebooks.sh
+
+readme: install  ## write README.md from nbs/index.ipynb
+	@BIN="$(BIN)" tools/readme.sh .
+
+export: install  ## nbdev_export, then README
+	@$(BIN)/nbdev_export && BIN="$(BIN)" tools/readme.sh .
+
+kernels: install ## build the Kaggle kernels
+	@$(BIN)/histokit kernels build
+
+bench: install   ## measure speed, as ratios to the named alternatives
+	@for f in tests/bench_*.py; do echo "== $$f"; $(BIN)/python $$f; done
+
+clean-all:       ## remove .venv, runs and caches
+	rm -rf "$(VENV)" runs .ruff_cache dist build

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Create a virtual environment and install histokit in it with everything its notebooks and tests use.
+set -euo pipefail
+venv=$1
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "histokit needs Python 3.11 or newer; $("$python" --version) found. Give one with: make PYTHON=python3.12" >&2; exit 1; }
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+
+echo "installing into $venv (a few minutes the first time)"
+"${pip[@]}" --upgrade pip setuptools wheel
+# torch and torchvision go first and together, so that they match each other; torchsort compiles against the torch that is there.
+"${pip[@]}" -c constraints.txt torch torchvision
+"${pip[@]}" -c constraints.txt -e '.[dev]'
+
+if ! "$venv/bin/python" -c 'import torchsort' 2>/dev/null; then
+  # torchsort builds CUDA kernels when it sees nvcc. Without a GPU that build fails for want of an architecture, so nvcc is hidden from it.
+  path=$PATH
+  if ! { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }; then
+    path=$(tr ':' '\n' <<<"$PATH" | while read -r d; do [ -x "$d/nvcc" ] || printf '%s:' "$d"; done)
+    path=${path%:}
+    unset CUDA_HOME CUDA_PATH
+  fi
+  hidden=$(mktemp -d); trap 'rm -rf "$hidden"' EXIT
+  for tool in gcc g++ cc c++ ld as ninja; do t=$(command -v "$tool" || true); [ -z "$t" ] || ln -sf "$t" "$hidden/$tool"; done   # they may live beside nvcc
+  PATH="$path:$hidden" "${pip[@]}" -c constraints.txt --no-build-isolation torchsort \
+    || echo "torchsort could not be compiled; soft_spearman uses its pure-torch engine (engine=auto records which ran)" >&2
+fi
+touch "$venv/.installed"

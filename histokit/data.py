@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'LATTICE_UM', 'open_h5', 'h5_child', 'slide_names', 'is_tar
            'DataFactory', 'slide_info', 'SlideCache', 'mirror', 'cut_patch', 'patch_size', 'normalised_coords',
            'HESpotDataset', 'resize', 'show_patches', 'TargetTransform', 'assign_folds', 'spatial_blocks',
            'block_split', 'check_split', 'inner_split', 'slide_blocks', 'neighbour_labels', 'on_tissue', 'show_slides',
-           'show_targets', 'open_stage']
+           'spots_on_tissue', 'show_targets', 'rank_map', 'open_stage']
 
 # %% ../nbs/00_data.ipynb #2f44d608
 import os, re
@@ -635,6 +635,17 @@ def show_slides(
     if color is not None: fig.colorbar(dots, ax=axes, label=label, shrink=.7)
     return fig
 
+# %% ../nbs/00_data.ipynb #94bf2c07
+def spots_on_tissue(
+    factory,         # DataFactory
+)->np.ndarray:       # (n,) bool, in the order of factory.spots
+    "Whether each spot lies on tissue, slide by slide; a spot is 0.55 of a pitch wide."
+    out = np.zeros(len(factory.spots), bool)
+    for name, rows in factory.spots.groupby("slide").indices.items():
+        pitch = factory.slides[name].pitch_px
+        out[rows] = on_tissue(factory.read_slide(name), factory.spots[["x", "y"]].to_numpy()[rows], .55 * pitch if np.isfinite(pitch) else 10)
+    return out
+
 # %% ../nbs/00_data.ipynb #25a9e2c2
 def show_targets(
     values,               # (n, T) abundances
@@ -649,6 +660,16 @@ def show_targets(
     ax[1].bar(i, rankdata(values, axis=1).mean(0)[order], color="C1"); ax[1].set(ylabel="mean rank in the spot")
     ax[1].set_xticks(i, [names[j] for j in order], rotation=90, fontsize=6)
     return fig
+
+# %% ../nbs/00_data.ipynb #6cfa8527
+def rank_map(
+    factory,         # DataFactory
+)->tuple:            # (n,) ranks, nan for test spots; the position of the target
+    "The rank within the spot of the target whose rank varies most."
+    train = factory.spots.split.eq("Train").to_numpy()
+    ranks = rankdata(factory.spots.loc[train, factory.targets], axis=1)
+    t = int(ranks.std(0).argmax()); out = np.full(len(train), np.nan); out[train] = ranks[:, t]
+    return out, t
 
 # %% ../nbs/00_data.ipynb #bc2dceec
 def open_stage(

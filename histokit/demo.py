@@ -6,9 +6,9 @@
 __all__ = ['CLASSES', 'LATENTS', 'Geometry', 'geometry', 'lattice', 'fiducials', 'smooth', 'outline', 'Tissue', 'grow_tissue',
            'place_nuclei', 'stamp', 'fibres', 'fat_walls', 'dye_maps', 'Stain', 'draw_stain', 'photograph',
            'spot_latents', 'Slide', 'make_slide', 'log_quantile', 'normal_scores', 'type_weights', 'abundances', 'Demo',
-           'demo_paths', 'make_demo']
+           'demo_paths', 'make_demo', 'show', 'smoke_demo']
 
-# %% ../nbs/08_demo.ipynb #d47d64e0
+# %% ../nbs/08_demo.ipynb #27c1d6a9
 import hashlib, importlib.util
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from scipy import ndimage, sparse
 from scipy.spatial import cKDTree
 from scipy.special import expit, ndtri
 
-from .core import BadInput, atomic, cache_dir, write_json, write_table
+from .core import BadInput, atomic, cache_dir, make_dir, write_json, write_table
 
 # %% ../nbs/08_demo.ipynb #5294f9db
 _PITCH, _ROW = 100., 87.               # µm between neighbours in a row, and between rows
@@ -45,7 +45,7 @@ class Geometry(NamedTuple):
         c, s = np.cos(self.angle), np.sin(self.angle)
         return np.asarray(um) @ np.array([[c, s], [-s, c]])/self.um + [self.cx, self.cy]
 
-# %% ../nbs/08_demo.ipynb #93d82cb1
+# %% ../nbs/08_demo.ipynb #99a135c3
 def geometry(
     rng,                 # numpy Generator
     size: int = 2000,    # long side in pixels
@@ -56,10 +56,10 @@ def geometry(
     shape = np.array([round(size*rng.uniform(.98, .995)), size])[::-1 if rng.random() < .3 else 1]    # width, height
     room = shape*um - 2*(_MARGIN + _EDGE)
     cols, rows = min(64, int(room[0]/_PITCH + .5)), min(78, int(room[1]/_ROW) + 1)
-    if min(cols, rows) < 4: raise BadInput(f"size={size} at {um_per_px:g} µm/px leaves no room inside the fiducial frame; use size={int(1850/um_per_px)} or more")
+    if min(cols, rows) < 4: raise BadInput(f"size={size} at {um_per_px:g} µm/px leaves no room inside the frame; use size={int(1850/um_per_px)} or more")
     slack = shape - (np.array([(cols - .5)*_PITCH, (rows - 1)*_ROW]) + 2*_MARGIN)/um
-    cx, cy = shape/2 + rng.uniform(-.12, .12, 2)*slack
-    return Geometry(int(shape[1]), int(shape[0]), um, cols, rows, cx, cy, np.deg2rad(rng.uniform(-.18, .18)))
+    cx, cy = (shape/2 + rng.uniform(-.12, .12, 2)*slack).tolist()
+    return Geometry(int(shape[1]), int(shape[0]), um, cols, rows, cx, cy, float(np.deg2rad(rng.uniform(-.18, .18))))
 
 # %% ../nbs/08_demo.ipynb #aee1f7fa
 def lattice(
@@ -104,7 +104,7 @@ def smooth(
     noise = rng.standard_normal((b.shape[1], a.shape[1]), dtype=np.float32)
     return (a @ (b @ noise).T)*np.float32(2.13)
 
-# %% ../nbs/08_demo.ipynb #833e709a
+# %% ../nbs/08_demo.ipynb #dff56671
 _SPOTS = (2197, 2270, 690, 1187, 1677, 328)            # of 4992, training slides of the competition
 _SPOTS_TEST = 2088
 _SCALES = (.950, .931, .988, .994, .990, .969)         # how far their coordinates are off: true = scale * given
@@ -121,7 +121,7 @@ def outline(
     hx, hy = geo.span/2
     outside = np.maximum(np.abs(x - geo.cx)*um - hx, np.abs(y - geo.cy)*um - hy).clip(0).astype(np.float32)
     score = smooth(rng, shape, .5*geo.span.min()/um) + .35*smooth(rng, shape, 500/um) + .1*smooth(rng, shape, 120/um) + .03*smooth(rng, shape, 30/um)
-    score = np.minimum(score - (outside/400)**2, 2*(smooth(rng, shape, 260/um) + 2.1))
+    score = np.minimum(score - (outside/400)**2, 2*(smooth(rng, shape, 260/um) + .2*smooth(rng, shape, 60/um) + 2.1))
     at = np.round(lattice(geo)).astype(int)
     return expit(60*(score - np.quantile(score[at[:, 1], at[:, 0]], 1 - coverage)))
 
@@ -142,7 +142,7 @@ def _cut(field, mask, share):
     inside = field[::5, ::5][mask[::5, ::5] > .5]
     return field - np.quantile(inside, 1 - share).astype(np.float32) if inside.size else field - 9
 
-# %% ../nbs/08_demo.ipynb #0f862fb3
+# %% ../nbs/08_demo.ipynb #8f3d4825
 def grow_tissue(
     rng,              # numpy Generator
     geo: Geometry,
@@ -154,8 +154,10 @@ def grow_tissue(
     region = smooth(rng, mask.shape, 1100/geo.um)
     nest = _cut(field(260, 110) + region, mask, rng.uniform(.3, .6))
     gland = expit(6*_cut(field(900), mask, rng.uniform(.25, .6)))
-    logits = dict(necrosis=_cut(field(420, 90, 30) + .8*region, mask, rng.uniform(.02, .12)), lymphoid=_cut(field(330, 80, 25) - .3*region, mask, rng.uniform(.06, .22)),
-        lumen=np.minimum(nest - .9, 4*(gland - .5)), solid=nest, gland=nest, fat=_cut(field(600, 100) - region, mask, rng.uniform(.02, .14)), blood=_cut(field(110, 40), mask, .03))
+    logits = dict(necrosis=_cut(field(420, 90, 30) + .8*region, mask, rng.uniform(.02, .12)),
+        lymphoid=_cut(field(330, 80, 25) - .3*region, mask, rng.uniform(.06, .22)),
+        lumen=np.minimum(nest - 1.3, 4*(gland - .5)), solid=nest, gland=nest,
+        fat=_cut(field(600, 100) - region, mask, rng.uniform(.02, .14)), blood=_cut(field(110, 40), mask, .03))
     left, classes = mask.copy(), []
     for name, logit in logits.items():
         take = left*expit(14*logit)*(1 - gland if name == "solid" else 1)
@@ -308,8 +310,9 @@ def photograph(
     image += rng.standard_normal(image.shape, dtype=np.float32)*1.3
     return np.clip(np.round(image), 0, 255).astype(np.uint8)
 
-# %% ../nbs/08_demo.ipynb #98c364c6
-LATENTS = ("solid", "gland", "lymphoid", "necrosis", "fat", "blood", "collagen", "fibroblasts", "lymphocytes", "density", "nuclear size", "pleomorphism", "border")
+# %% ../nbs/08_demo.ipynb #da9094f6
+LATENTS = ("solid", "gland", "lymphoid", "necrosis", "fat", "blood", "collagen", "fibroblasts", "lymphocytes", "density",
+    "nuclear size", "pleomorphism", "border")
 
 def spot_latents(
     xy,              # (n, 2) true pixels
@@ -321,9 +324,9 @@ def spot_latents(
     r = int(70/um); dy, dx = np.mgrid[-r:r + 1, -r:r + 1]; disc = dx**2 + dy**2 <= r*r
     h, w = tissue.mask.shape; at = np.round(xy).astype(int)
     iy, ix = np.clip(at[:, 1:] + dy[disc], 0, h - 1), np.clip(at[:, :1] + dx[disc], 0, w - 1)
-    share = dict(zip(CLASSES, tissue.classes[:, iy, ix].mean(2)))
+    share = dict(zip(CLASSES, tissue.classes[:, iy, ix].mean(2).clip(.04)))      # less than 4 % is as good as none
     collagen = (tissue.classes[_KIND["stroma"]][iy, ix]*np.exp(.5*tissue.collagen[iy, ix])).mean(1)
-    border = np.exp(-(tissue.nest[iy, ix]/.45)**2).mean(1)*(1 - share["fat"])
+    border = np.exp(-(tissue.nest[iy, ix]/.45)**2).mean(1).clip(.04)
     near = sparse.csr_array(_within(xy, cells, 70/um), dtype=np.float64)
     count = near.sum(1)
     area, tumour = np.log(cells.long*cells.short).to_numpy(), np.isin(cells.kind, [_KIND["solid"], _KIND["gland"]])
@@ -337,7 +340,7 @@ def _within(xy, cells, px):
     pairs = cKDTree(xy).sparse_distance_matrix(cKDTree(cells[["x", "y"]].to_numpy()), px, output_type="coo_matrix")
     return sparse.coo_array((np.ones(pairs.nnz), (pairs.row, pairs.col)), shape=(len(xy), len(cells)))
 
-# %% ../nbs/08_demo.ipynb #fc47f0aa
+# %% ../nbs/08_demo.ipynb #6b4537c3
 class Slide(NamedTuple):
     "One painted slide and all that is known about it."
     image: np.ndarray      # (H, W, 3) uint8
@@ -345,7 +348,7 @@ class Slide(NamedTuple):
     latents: np.ndarray    # (n, 13)
     geo: Geometry
     stain: Stain
-    mask: np.ndarray       # (H, W) bool, tissue
+    mask: np.ndarray       # (H, W) bool, where a spot would count as on tissue
 
 def make_slide(
     seed=0,                    # a number, or several
@@ -357,17 +360,18 @@ def make_slide(
     "Paint one slide; the same arguments give the same bytes."
     rng = np.random.default_rng([271, *np.atleast_1d(seed)])
     geo = geometry(rng, size, um_per_px)
-    tissue = grow_tissue(rng, geo, coverage)
+    tissue = grow_tissue(rng, geo, min(.97, 1.06*coverage))         # lumens take some of it back
     h, e, cells = dye_maps(rng, tissue, geo)
     stain, at, n = draw_stain(rng, stain_scatter), fiducials(geo), 27/geo.um
     dots = stamp(h.shape, *at.T, np.full(len(at), n), np.full(len(at), n), np.zeros(len(at)), rng.uniform(.9, 1.3)*np.exp(.08*rng.standard_normal(len(at))))
+    solid = ndimage.uniform_filter(tissue.mask - tissue.classes[_KIND["lumen"]], round(50/geo.um)) > .5
     xy = lattice(geo); i = np.round(xy).astype(int)
-    xy = rng.permutation(xy[tissue.mask[i[:, 1], i[:, 0]] > .5])
-    return Slide(photograph(rng, h, e, dots, stain), xy, spot_latents(xy, tissue, cells, geo.um), geo, stain, tissue.mask > .5)
+    xy = rng.permutation(xy[solid[i[:, 1], i[:, 0]]])
+    return Slide(photograph(rng, h, e, dots, stain), xy, spot_latents(xy, tissue, cells, geo.um), geo, stain, solid)
 
-# %% ../nbs/08_demo.ipynb #2180d70a
+# %% ../nbs/08_demo.ipynb #ad01a3c6
 _FACTS = np.array([[float(v) for v in row.split()] for row in """
-.00204 .0164 .0699 .812 .872 26.6 | .00721 .0286 .0709 .156 .935 28.1 | .00341 .0205 .0672 .531 .856 27.0 |
+    .00204 .0164 .0699 .812 .872 26.6 | .00721 .0286 .0709 .156 .935 28.1 | .00341 .0205 .0672 .531 .856 27.0 |
     8.02e-6 .000365 .00459 .273 .83 17.5 | 8.19e-5 .00666 .289 1.14 .956 26.1 | 7.75e-6 .000185 .00207 .0638 .806 15.2 |
     .000991 .00691 .0222 .0643 .916 20.7 | 1.3e-5 .00014 .000993 .0069 .844 10.1 | 1.78e-5 .000229 .00717 .193 .83 18.0 |
     1.26e-6 3.11e-5 .000498 .0175 .811 9.9 | 2.07e-6 5.02e-5 .000489 .0119 .808 10.3 | .000354 .00278 .00908 .0309 .872 17.7 |
@@ -395,7 +399,7 @@ def log_quantile(
             out[:, j] = np.where(beyond > 0, v[i] + room*(1 - np.exp(-slope*np.maximum(beyond, 0)/abs(room))), out[:, j])
     return out
 
-# %% ../nbs/08_demo.ipynb #5f97a4f0
+# %% ../nbs/08_demo.ipynb #728ad84c
 def normal_scores(
     x,            # (n, k)
 )->np.ndarray:    # (n, k) float64
@@ -406,19 +410,19 @@ def normal_scores(
         out[:, j] = ndtri((n.cumsum() - n/2)/len(column))[where]
     return out
 
+_TYPES_PER_LATENT = (4, 4, 4, 3, 2, 1, 4, 3, 3, 3, 1, 2, 1)    # 35 types share out the causes, the clearly visible ones more often
 _SHARED = .7     # how much more of everything there is where nuclei are dense
 
 def type_weights()->np.ndarray:   # (35, 13)
     "What drives each cell type: one main cause, three lesser ones, and how many cells there are at all; the same in every demo."
     rng = np.random.default_rng(35); k = len(LATENTS); w = np.zeros((35, k))
-    for j in range(35):
-        main = j % k
+    for j, main in enumerate(rng.permutation(np.repeat(np.arange(k), _TYPES_PER_LATENT))):
         w[j, main] = 1
         w[j, rng.choice(np.delete(np.arange(k), main), 3, replace=False)] = rng.normal(0, .4, 3)
     return w + _SHARED*(np.array(LATENTS) == "density")
 
-# %% ../nbs/08_demo.ipynb #b1bbce0d
-_NOISE = dict(slide=.05, spot=.07, total=.15)     # shares of each type's variance that no picture tells
+# %% ../nbs/08_demo.ipynb #204c8929
+_NOISE = dict(slide=.04, spot=.06, total=.12)     # shares of each type's variance that no picture tells
 
 def abundances(
     rng,             # numpy Generator
@@ -486,18 +490,19 @@ def _write_csv(path, rows):
     table = pd.DataFrame(np.concatenate(rows), columns=[f"C{j + 1}" for j in range(35)])
     return write_table(path, table.rename_axis("ID").reset_index())
 
-# %% ../nbs/08_demo.ipynb #d4a75ace
+# %% ../nbs/08_demo.ipynb #f1d146b0
 def _slide_facts(name, split, s, scale, shift):
     g = s.geo
-    return dict(name=name, split=split, n_spots=len(s.xy), um_per_px=g.um, pitch_px=_PITCH/g.um, angle_rad=g.angle, centre_px=[g.cx, g.cy], cols=g.cols, rows=g.rows,
-        frame_px=g.frame/g.um, span_px=g.span/g.um, coord_scale=scale, coord_shift=shift, stain_matrix=s.stain.matrix, stain_strength=s.stain.strength, light=s.stain.light)
+    return dict(name=name, split=split, n_spots=len(s.xy), um_per_px=g.um, pitch_px=_PITCH/g.um, angle_rad=g.angle, centre_px=[g.cx, g.cy], cols=g.cols,
+        rows=g.rows, frame_px=g.frame/g.um, span_px=g.span/g.um, coord_scale=scale, coord_shift=shift,
+        stain_matrix=s.stain.matrix, stain_strength=s.stain.strength, light=s.stain.light)
 
 def _spot_table(names, splits, slides, given):
     rows = [pd.DataFrame(dict(slide=n, split=p, row=np.arange(len(s.xy)), x=g[:, 0], y=g[:, 1], x_true=s.xy[:, 0], y_true=s.xy[:, 1])).join(
         pd.DataFrame(s.latents, columns=[f"latent {k}" for k in LATENTS])) for n, p, s, g in zip(names, splits, slides, given)]
     return pd.concat(rows, ignore_index=True)
 
-# %% ../nbs/08_demo.ipynb #6a8cb44f
+# %% ../nbs/08_demo.ipynb #373bdc1d
 def make_demo(
     path,                      # the HDF5 to write; its truth is written beside it
     n_train: int = 4,          # slides with abundances, S_1 and up
@@ -512,8 +517,9 @@ def make_demo(
     stain_scatter: float = 1., # 0 gives every slide the same colours
 )->Demo:                       # where everything is
     "Write a synthetic file in the competition's layout, and what is true of it beside it."
+    if n_train + n_test < 1: raise BadInput("n_train and n_test are both 0: a demo needs at least one slide")
     if dtype not in _AS: raise BadInput(f"dtype='{dtype}': use one of {', '.join(_AS)}")
-    n, out = n_train + n_test, demo_paths(path)
+    n, out = n_train + n_test, demo_paths(path); make_dir(out.path.parent)
     scales, shifts = _coord_scales(coord_scale, n_train, n_test), _coord_shifts(coord_shift, n)
     names, splits = [f"S_{i + 1}" for i in range(n)], ["Train"]*n_train + ["Test"]*n_test
     share = [_SPOTS[i % 6]/4992 for i in range(n_train)] + [_SPOTS_TEST/4992]*n_test
@@ -525,3 +531,49 @@ def make_demo(
     write_json(out.slides, [_slide_facts(*v) for v in zip(names, splits, slides, scales, shifts)])
     _write_h5(out.path, names, splits, slides, given, values, dtype)
     return out
+
+# %% ../nbs/08_demo.ipynb #88031f6b
+def _draw_maps(ax, image, xy, value, name):
+    c = np.clip(xy[np.linalg.norm(xy - xy.mean(0), axis=1).argmin()] - 100, 0, np.array(image.shape[1::-1]) - 200)
+    ax[0].imshow(image[c[1]:c[1] + 200, c[0]:c[0] + 200], extent=(c[0], c[0] + 200, c[1] + 200, c[1])); ax[0].set_title("Close-up: 200 px"); ax[0].axis("off")
+    ax[1].imshow(image, alpha=.35); ax[1].scatter(*xy.T, c=np.log10(value), s=6, cmap="viridis"); ax[1].set_title(f"log10 of {name}")
+
+def _draw_marginals(ax, values):
+    q = np.quantile(values, [.05, .25, .5, .75], axis=0)
+    for k, level in enumerate((5, 25, 50, 75)): ax.loglog(_FACTS[:, k], q[k], ".", label=f"{level} %")
+    ax.plot([1e-7, 3], [1e-7, 3], "k-", lw=.6); ax.legend(fontsize=6, title="quantile", title_fontsize=6)
+    ax.set(title="Marginals", xlabel="known quantile, against the demo's")
+
+def _showable(v): return v/np.float32(65535) if v.dtype == np.uint16 else v
+
+def show(
+    path,                # a demo's HDF5
+    target: str = "C1",  # the abundance of the map
+):                       # matplotlib Figure
+    "Every slide with and without its spots, a close-up, an abundance map, and the marginals beside the known ones."
+    import matplotlib.pyplot as plt
+    with h5py.File(path) as f:
+        names = [(n, s) for s in ("Train", "Test") if s in f["images"] for n in f[f"images/{s}"]]
+        images, records = ([f[f"{k}/{s}/{n}"] for n, s in names] for k in ("images", "spots"))
+        shapes, first, records = [v.shape for v in images], _showable(images[0][:]), [r[:] for r in records]
+        thumbs = [_showable(v[::k, ::k]) for v in images for k in [max(1, max(v.shape)//600)]]
+    fig, ax = plt.subplots(3, max(3, len(names)), figsize=(2.3*max(3, len(names)), 7), layout="constrained")
+    for a in ax.flat: a.axis("off")
+    for i, ((name, _), (h, w, _), small, r) in enumerate(zip(names, shapes, thumbs, records)):
+        for a, title in zip(ax[:2, i], (name, f"{len(r)} spots")): a.imshow(small, extent=(0, w, h, 0)); a.set_title(title)
+        ax[1, i].plot(r["x"], r["y"], ".", ms=1, color="yellow")
+    ax[2, 2].axis("on"); r = records[0]
+    _draw_maps(ax[2, :2], first, np.stack([r["x"], r["y"]], 1), r[target], target)
+    _draw_marginals(ax[2, 2], np.concatenate([[list(v)[2:] for v in r.tolist()] for r in records if target in r.dtype.names]))
+    return fig
+
+# %% ../nbs/08_demo.ipynb #cc8603b2
+_SMOKE = dict(n_train=3, n_test=1, size=512, um_per_px=5., seed=1, coverage=1.15)
+
+def smoke_demo()->Path:       # the HDF5; `demo_paths` names what lies beside it
+    "A tiny cached demo: 3 slides to train on, 1 to predict."
+    source = Path(importlib.util.find_spec("histokit.demo").origin).read_bytes()
+    key = hashlib.sha256(source + repr(_SMOKE).encode()).hexdigest()[:10]
+    path = cache_dir()/f"smoke-{key}"/"demo.h5"
+    if not all(p.exists() for p in demo_paths(path)): make_demo(path, **_SMOKE)
+    return path

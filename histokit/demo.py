@@ -369,7 +369,8 @@ def make_slide(
     xy = rng.permutation(xy[solid[i[:, 1], i[:, 0]]])
     return Slide(photograph(rng, h, e, dots, stain), xy, spot_latents(xy, tissue, cells, geo.um), geo, stain, solid)
 
-# %% ../nbs/08_demo.ipynb #ad01a3c6
+# %% ../nbs/08_demo.ipynb #1203b68b
+# (35, 6): quantiles at .05 .25 .50 .75, level of the outer fence, mean rank within a spot (1 to 35)
 _FACTS = np.array([[float(v) for v in row.split()] for row in """
     .00204 .0164 .0699 .812 .872 26.6 | .00721 .0286 .0709 .156 .935 28.1 | .00341 .0205 .0672 .531 .856 27.0 |
     8.02e-6 .000365 .00459 .273 .83 17.5 | 8.19e-5 .00666 .289 1.14 .956 26.1 | 7.75e-6 .000185 .00207 .0638 .806 15.2 |
@@ -382,7 +383,7 @@ _FACTS = np.array([[float(v) for v in row.split()] for row in """
     2.15e-5 .000308 .00349 .0473 .834 16.4 | 1.24e-5 .000164 .0012 .0123 .825 11.7 | 7.97e-6 .000155 .00308 .107 .814 15.9 |
     6.97e-6 .000121 .00121 .012 .838 10.6 | 1.09e-5 .000224 .00264 .0256 .839 13.4 | 5.53e-7 8.08e-6 8.21e-5 .00507 .793 6.8 |
     .00348 .0187 .0546 .135 .915 26.2 | .00288 .0156 .0451 .114 .923 25.1 | 5.61e-6 .000118 .0012 .0159 .831 11.4 |
-    1.78e-5 .000385 .00307 .022 .85 12.8 | .00113 .00855 .0271 .0778 .913 22.0""".split("|")])       # (35, 6): quantiles at .05 .25 .50 .75, level of the outer fence, mean rank within a spot (1 to 35)
+    1.78e-5 .000385 .00307 .022 .85 12.8 | .00113 .00855 .0271 .0778 .913 22.0""".split("|")])
 _LOW, _HIGH = np.log(6e-10), np.log(29.5)             # the range of all abundances
 
 def log_quantile(

@@ -6,11 +6,11 @@
 __all__ = ['STAGES', 'TYPES', 'PATHS', 'app', 'kernels', 'Params', 'Json', 'RunDir', 'Force', 'assets', 'find_recipe',
            'stage_parameters', 'pipeline_parameters', 'typed', 'resolve', 'read_recipe', 'absolute_paths',
            'file_fingerprint', 'package_fingerprint', 'stage_key', 'is_done', 'run_notebook', 'run_lock', 'provenance',
-           'prepare_data', 'run_pipeline', 'command', 'report', 'demo', 'run', 'parameters', 'check', 'validate',
-           'score', 'stain', 'main']
+           'prepare_data', 'run_pipeline', 'demo_run', 'command', 'report', 'demo', 'run', 'parameters', 'check',
+           'validate', 'score', 'stain', 'main']
 
-# %% ../nbs/06_pipeline.ipynb #7d200975
-import contextlib, fcntl, functools, hashlib, json, os, platform, re, shutil, subprocess, sys, threading, time
+# %% ../nbs/06_pipeline.ipynb #d7484289
+import contextlib, fcntl, functools, hashlib, json, os, platform, re, shutil, subprocess, threading, time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -42,7 +42,7 @@ def find_recipe(
     if recipe in known or (stem in known and Path(recipe).parent.name in ("params", "")): return known[stem]
     raise BadInput(f"recipe {recipe} does not exist{did_you_mean(stem, known)}; give a YAML file or the name of a recipe")
 
-# %% ../nbs/06_pipeline.ipynb #5fc3e67d
+# %% ../nbs/06_pipeline.ipynb #7a636dc4
 TYPES = dict(int=int, float=float, str=str, bool=bool)
 
 @functools.lru_cache(64)
@@ -61,7 +61,7 @@ def pipeline_parameters()->dict:     # name -> (type's name, default, help, stag
     out = {}
     for stage in STAGES:
         for name, (kind, default, about) in stage_parameters(assets("nbs")/f"{stage}.ipynb").items():
-            if name in out and out[name][0] != kind: raise BadInput(f"parameter {name} is {out[name][0]} in {out[name][3][0]} but {kind} in {stage}")
+            if name in out and out[name][:2] != (kind, default): raise BadInput(f"parameter {name} is {out[name][:2]} in {out[name][3][0]} but {(kind, default)} in {stage}; make them equal")
             out.setdefault(name, (kind, default, about, []))[3].append(stage)
     return out
 
@@ -156,13 +156,13 @@ def is_done(
     done = read_json(file).get(stage) if file.exists() else None
     return bool(done) and done["key"] == key and all((run/p).exists() and (run/p).stat().st_size == size for p, size in done["outputs"].items())
 
-# %% ../nbs/06_pipeline.ipynb #dd977899
+# %% ../nbs/06_pipeline.ipynb #222cfe46
 class _Echo:
     "A text stream that passes on the lines a stage means for the person waiting."
     def __init__(self, show): self.show, self.rest = show, ""
     def write(self, text):
         *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines:
+        for line in lines:                                                         # cells print for readers too; only these lines are news
             if re.match(r"(fold|slide) \S+  ", line): self.show("    " + line)
     def flush(self): pass
 
@@ -282,6 +282,16 @@ def _run_stage(run, stage, params, before, force, show, label):
     write_json(file, read_json(file) | {stage: dict(key=key, outputs=made, **took)})
     show(f"    {took['seconds']:.0f} s, {took['peak_mb']} MB")
     return key
+
+# %% ../nbs/06_pipeline.ipynb #349a2362
+def demo_run()->Path:
+    "A finished run of the demo to show: `$HISTOKIT_DEMO_RUN`, `runs/demo` of the clone, or else one at smoke size, made now and kept."
+    from histokit.core import cache_dir
+    from histokit.demo import demo_paths, smoke_demo
+    for run in (os.environ.get("HISTOKIT_DEMO_RUN"), assets("nbs").parent/"runs"/"demo"):
+        if run and (Path(run)/"metrics.json").exists() and (Path(run)/"run.json").exists(): return Path(run)
+    data = smoke_demo()
+    return run_pipeline("demo", [f"data_path={data}", f"truth_path={demo_paths(data).truth}", "epochs=2"], cache_dir()/"demo-run", show=lambda line: None)
 
 # %% ../nbs/06_pipeline.ipynb #a5d6d1bb
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="From an H&E slide to a submission: notebooks that are library, test, pipeline and Kaggle kernel at once.")

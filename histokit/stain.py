@@ -6,14 +6,15 @@
 __all__ = ['KINDS', 'RUIFROK', 'METHODS', 'LIMITS', 'ENGINES', 'as_uint8', 'as_rgb', 'rgb_to_od', 'tiles', 'thin_out',
            'white_point', 'pixel_kinds', 'tissue_mask', 'macenko_vectors', 'degrees_between', 'concentrations',
            'vahadane_vectors', 'plot_vectors', 'judge', 'tissue_pixels', 'learn_vectors', 'measure', 'rgb_to_lab',
-           'lab_to_rgb', 'paint_plan', 'repaint', 'colour_transfer', 'luminosity_level', 'standardise_luminosity',
-           'already_like', 'StainNormalizer', 'normalise_dataset', 'slide_paths', 'fit_reference', 'normalise_file',
-           'read_picture', 'write_picture', 'stain_image_file', 'colour_difference', 'structure_kept',
-           'batch_concentrations', 'StainJitter', 'RandomReference', 'compare_slides', 'plot_slides']
+           'lab_to_rgb', 'PaintPlan', 'paint_plan', 'repaint', 'colour_transfer', 'luminosity_level',
+           'standardise_luminosity', 'already_like', 'StainNormalizer', 'normalise_dataset', 'slide_paths',
+           'fit_reference', 'normalise_file', 'read_picture', 'write_picture', 'stain_image_file', 'colour_difference',
+           'structure_kept', 'batch_concentrations', 'StainJitter', 'RandomReference', 'compare_slides', 'plot_slides']
 
-# %% ../nbs/01_stain.ipynb #c2ff8087
+# %% ../nbs/01_stain.ipynb #4d4d77dc
 import inspect, json, math, re
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -243,16 +244,17 @@ def judge(
     if f["residual"] > LIMITS["max_residual"]: return f"not two dyes: {f['residual']:.0%} of the optical density is left unexplained"
     return ""
 
-# %% ../nbs/01_stain.ipynb #ea10a571
+# %% ../nbs/01_stain.ipynb #3e8dd6b9
 def _figures(od, vectors, white, penalty=.01, percentile=99):
     "What is to be known about vectors on the densities they come from."
     c = concentrations(od, vectors, penalty)
     rest = od - c @ np.asarray(vectors, np.float32)
     glass = concentrations(rgb_to_od(white), vectors, penalty)
+    spread, axes = np.linalg.eigh((od.T @ od).astype(float))
     top, total = np.maximum(np.percentile(c, percentile, axis=0) - glass, 0), c.sum(0, dtype=float)
     return dict(stain_matrix=np.asarray(vectors, float), max_concentration=np.asarray(top, float), glass=np.asarray(glass, float), angle=float(degrees_between(*vectors)),
         condition=float(np.linalg.cond(vectors)), weak_share=float(total.min() / max(total.sum(), 1e-9)),
-        residual=float(np.sqrt((rest ** 2).sum() / max((od ** 2).sum(), 1e-9))))
+        residual=float(np.sqrt((rest ** 2).sum() / max((od ** 2).sum(), 1e-9))), plane=axes[:, 0], off_plane=float(np.sqrt(max(spread[0], 0) / max(spread.sum(), 1e-9))))
 
 # %% ../nbs/01_stain.ipynb #5e0a53e4
 def _luminance(rgb):
@@ -272,7 +274,7 @@ def tissue_pixels(
     dense = pixels[_luminance(pixels) < ((luminosity + .16) / 1.16) ** 3]
     return pixels, dense, len(pixels) / kind.size
 
-# %% ../nbs/01_stain.ipynb #cf4191d3
+# %% ../nbs/01_stain.ipynb #72465bcc
 def learn_vectors(
     dense,               # (n, 3) uint8 pixels of dense tissue
     method: str,         # one of `METHODS`; those that need no vectors get Vahadane's for the record
@@ -297,7 +299,8 @@ def measure(
     white = white_point(small) if white is None else np.broadcast_to(np.asarray(white, float), 3)
     pixels, dense, share = tissue_pixels(small, white)
     report = dict(ok=False, reason="", method=method, engine=engine, tissue_share=share, tissue_pixels=len(pixels), white=white,
-        stain_matrix=None, max_concentration=None, glass=None, angle=None, condition=None, weak_share=None, residual=None)
+        stain_matrix=None, max_concentration=None, glass=None, angle=None, condition=None,
+        weak_share=None, residual=None, plane=None, off_plane=None)
     if len(dense) < LIMITS["min_pixels"]: dense = pixels
     if share < LIMITS["min_share"] or len(pixels) < LIMITS["min_pixels"]:
         return report | dict(reason=f"too little tissue: {share:.2%} of the picture, {len(pixels)} pixels of the sample")
@@ -333,52 +336,69 @@ def _lab_figures(pixels):
     lab = rgb_to_lab(pixels[::max(1, len(pixels) // 20000)]).astype(float)
     return dict(lab_mean=lab.mean(0), lab_std=lab.std(0), lab_median=np.median(lab, 0))
 
-# %% ../nbs/01_stain.ipynb #5f649b93
+# %% ../nbs/01_stain.ipynb #05782610
+class PaintPlan(NamedTuple):
+    "The constants of a slide's repainting, for a row of b pixels."
+    factor: np.ndarray  # (3b,) on the grey levels before the logarithm
+    unmix: np.ndarray   # (3b, 4b) to u and h, or (3b, 5b) with the lightness by which glass is known
+    glass: np.ndarray   # (2b,) amounts that glass seems to have
+    mix: np.ndarray     # (2b, 3b) or (3b, 3b)
+    base: np.ndarray    # (3b,) factor after the exponential
+    low: float          # of the lightness: tissue below, glass above `high`
+    high: float
+
 def paint_plan(
     vectors,                    # (2, 3) of the slide
     target,                     # (2, 3) of the reference
     scale=(1., 1.),             # (2,) by which the amounts are multiplied
-    glass=(0., 0.),             # (2,) amounts that clean glass of the slide seems to have
-    white=255.,                 # white point of the reference
+    white=255.,                 # white point of the slide
+    target_white=255.,          # white point of the reference
     penalty: float = .01,
-    block: int = 8,             # pixels done in one row of the products
-):                              # (3b,) factor, (3b, 4b) unmixing, (2b,) glass, (2b, 3b) mixing, (3b,) white
-    "The constants of a slide's repainting: `white * exp(max(0, min(u, h) - glass) @ mix)` with `u, h = log(factor * rgb) @ unmix`."
-    v = np.asarray(vectors, float)
-    inverse = np.linalg.inv(v @ v.T)
+    block: int = 8,             # b, pixels done in one row of the products
+)->PaintPlan:
+    "How to repaint a slide: amounts above glass, scaled, on the reference's glass, in its dyes."
+    v, t, eye = np.asarray(vectors, float), np.asarray(target, float), np.eye(block)
+    od, od_target = (np.broadcast_to(rgb_to_od(w), 3).astype(float) for w in (white, target_white))
+    glass, glass_target = concentrations(od, v, penalty), concentrations(od_target, t, penalty)
+    rest = od_target - glass_target @ t                      # what of the glass's colour no dye explains
     shift = np.linalg.pinv(v) @ np.full(2, penalty)          # the density whose projections are the penalty
-    eye = np.eye(block)
-    unmix = -np.hstack([np.kron(eye, v.T @ inverse), np.kron(eye, v.T)])
-    mix = -np.kron(eye, np.asarray(scale, float).reshape(2, 1) * np.asarray(target, float))
-    out = np.broadcast_to(np.asarray(white, float), 3)
-    return tuple(np.ascontiguousarray(a, np.float32) for a in (np.tile(np.exp(shift) / 255, block), unmix, np.tile(glass, block), mix, np.tile(out, block)))
+    low, high = (shift.sum() - od.sum() - margin for margin in (.3, .06))
+    fade = -rest / (high - low)
+    parts, mix = [v.T @ np.linalg.inv(v @ v.T), v.T], [-np.asarray(scale, float).reshape(2, 1) * t]
+    if np.abs(rest).max() > 1e-6: parts.append(-np.ones((3, 1))); mix.append(fade[None])
+    base = 255 * np.exp(-glass_target @ t - fade * low)
+    arrays = (np.tile(np.exp(shift) / 255, block), np.hstack([-np.kron(eye, m) for m in parts]), np.tile(glass, block), np.vstack([np.kron(eye, m) for m in mix]), np.tile(base, block))
+    return PaintPlan(*(np.ascontiguousarray(a, np.float32) for a in arrays), float(low), float(high))
 
-# %% ../nbs/01_stain.ipynb #e71f31cb
+# %% ../nbs/01_stain.ipynb #e41bbe98
 def _repaint_numpy(rows, out, plan, chunk):
     "Repaint (n, 3b) uint8 rows, numpy."
-    factor, unmix, glass, mix, white = plan
-    half = mix.shape[0]
+    half, width = len(plan.glass), len(plan.mix)
     for s in range(0, len(rows), chunk):
-        x = np.maximum(rows[s:s + chunk], 1) * factor
-        h = np.log(x, out=x) @ unmix
-        c = np.minimum(h[:, :half], h[:, half:]); c -= glass; np.maximum(c, 0, out=c)
-        x = np.exp(np.matmul(c, mix, out=x), out=x)
-        np.copyto(out[s:s + chunk], np.multiply(x, white, out=x), casting="unsafe")
+        x = np.maximum(rows[s:s + chunk], 1) * plan.factor
+        h = np.log(x, out=x) @ plan.unmix
+        c = np.minimum(h[:, :half], h[:, half:2 * half], out=h[:, :half])
+        c -= plan.glass; np.maximum(c, 0, out=c)
+        if width > half: np.clip(h[:, 2 * half:], plan.low, plan.high, out=h[:, half:width])
+        x = np.exp(np.matmul(h[:, :width], plan.mix, out=x), out=x)
+        np.copyto(out[s:s + chunk], np.multiply(x, plan.base, out=x), casting="unsafe")
 
 def _repaint_torch(rows, out, plan, chunk, device="cpu"):
     "Repaint (n, 3b) uint8 rows, torch on the CPU or another device."
     import torch
-    factor, unmix, glass, mix, white = (torch.from_numpy(a).to(device) for a in plan)
-    half = mix.shape[0]
+    factor, unmix, glass, mix, base = (torch.from_numpy(a).to(device) for a in plan[:5])
+    half, width = len(glass), len(mix)
     for s in range(0, len(rows), chunk):
-        x = torch.from_numpy(rows[s:s + chunk]).to(device).clamp(min=1).float().mul_(factor).log_()
+        part = rows[s:s + chunk]
+        x = torch.from_numpy(part if part.flags.writeable else part.copy()).to(device).clamp(min=1).float().mul_(factor).log_()
         h = x @ unmix
-        c = torch.minimum(h[:, :half], h[:, half:]).sub_(glass).clamp_(min=0)
-        x = torch.mm(c, mix, out=x).exp_().mul_(white)
+        torch.minimum(h[:, :half], h[:, half:2 * half], out=h[:, :half]).sub_(glass).clamp_(min=0)
+        if width > half: torch.clamp(h[:, 2 * half:], plan.low, plan.high, out=h[:, half:width])
+        x = torch.mm(h[:, :width], mix, out=x).exp_().mul_(base)
         if device == "cpu": np.copyto(out[s:s + chunk], x.numpy(), casting="unsafe")
         else: torch.from_numpy(out[s:s + chunk]).copy_(x.to(torch.uint8))
 
-# %% ../nbs/01_stain.ipynb #3b1401e7
+# %% ../nbs/01_stain.ipynb #49fb92ea
 def repaint(
     image,                   # (H, W, 3) uint8
     plan,                    # from `paint_plan`
@@ -390,7 +410,7 @@ def repaint(
     "The picture with its dyes exchanged; extra memory beside the result does not grow with the picture."
     image = np.ascontiguousarray(image)
     out = np.empty_like(image) if out is None else out
-    step, block = plan[0].size, plan[0].size // 3
+    step = plan.factor.size; block = step // 3
     flat, result = image.reshape(-1), out.reshape(-1)
     whole = flat.size // step * step
     run = (lambda a, b: _repaint_torch(a, b, plan, pixels // block, device)) if engine == "torch" else lambda a, b: _repaint_numpy(a, b, plan, pixels // block)
@@ -400,7 +420,7 @@ def repaint(
         run(rest, rest); result[whole:] = rest[0, :flat.size - whole]
     return out
 
-# %% ../nbs/01_stain.ipynb #6ae6e7dc
+# %% ../nbs/01_stain.ipynb #7797df65
 class _Staintools:
     "The two calls into staintools that are needed."
     def __init__(self):
@@ -415,12 +435,17 @@ class _Staintools:
         "The stain matrix of (n, 3) uint8 pixels."
         return self.extract.get(method, self.extract["vahadane"]).get_stain_matrix(np.array(pixels[None]))
 
-    def repaint(self, image, vectors, target, scale, out, glass=0., white=255., penalty=.01, band=256):
-        "The transform of staintools with given matrices, band by band."
+    def repaint(self, image, plan, out, vectors, penalty=.01, band=256):
+        "The transform of staintools with given matrices, band by band; glass as in `paint_plan`."
+        mix = plan.mix[[0, 1, *range(len(plan.glass), len(plan.mix))][:3], :3].astype(float)      # what the first pixel of the row uses
+        dictionary = np.asfortranarray(np.asarray(vectors, float).T)
         for y in range(0, len(image), band):
-            od = np.maximum(-np.log(np.maximum(image[y:y + band], 1) / 255), 1e-6).reshape(-1, 3)
-            c = self.spams.lasso(X=np.asfortranarray(od.T), D=np.asfortranarray(np.asarray(vectors, float).T), mode=2, lambda1=penalty, pos=True).toarray().T
-            out[y:y + band] = (white * np.exp(-(np.maximum(c - glass, 0) * scale) @ target)).reshape(image[y:y + band].shape).astype(np.uint8)
+            rgb = np.maximum(image[y:y + band], 1).reshape(-1, 3)
+            od = np.maximum(-np.log(rgb / 255), 1e-6)
+            c = self.spams.lasso(X=np.asfortranarray(od.T), D=dictionary, mode=2, lambda1=penalty, pos=True).toarray().T
+            c = np.maximum(c - plan.glass[:2], 0)
+            if len(mix) > 2: c = np.hstack([c, np.clip(np.log(rgb * plan.factor[:3].astype(float)).sum(1), plan.low, plan.high)[:, None]])
+            out[y:y + band] = (plan.base[:3] * np.exp(c @ mix)).reshape(image[y:y + band].shape).astype(np.uint8)
         return out
 
 _oracle = []
@@ -531,17 +556,20 @@ class _Reference(_Params):
             for k in ("stain_matrix", "max_concentration", "white"))
         return self
 
-# %% ../nbs/01_stain.ipynb #04a45c9c
+# %% ../nbs/01_stain.ipynb #9e365715
 def already_like(
     source: dict,         # report of a slide
     target: dict,         # report of the reference
     degrees: float = 1.,  # between the vectors
     share: float = .03,   # between the strengths
 )->bool:
-    "Whether both have the same dyes, as strong, on the same glass."
-    turned = degrees_between(source["stain_matrix"], target["stain_matrix"]).max()
+    "Whether a slide has the reference's look by nature, or was given it before."
+    v, t = (np.asarray(r["stain_matrix"], float) for r in (source, target))
+    turned = degrees_between(v, t).max()
     stronger = np.abs(np.log(np.maximum(source["max_concentration"], 1e-6) / np.maximum(target["max_concentration"], 1e-6))).max()
-    return bool(turned < degrees and stronger < share and np.abs(np.asarray(source["white"]) - target["white"]).max() < 4)
+    if turned < degrees and stronger < share and np.abs(np.asarray(source["white"]) - target["white"]).max() < 4: return True
+    painted = source.get("off_plane") is not None and source["off_plane"] < .006
+    return bool(painted and abs(90 - degrees_between(t, np.asarray(source["plane"])[None])).max() < 1.5 and turned < 8)
 
 def _device(device):
     "A device that is there."
@@ -549,7 +577,7 @@ def _device(device):
     from histokit.core import pick_device
     return pick_device(device)
 
-# %% ../nbs/01_stain.ipynb #1d0682e1
+# %% ../nbs/01_stain.ipynb #54e8de6f
 class _Repaint(_Reference):
     "A `StainNormalizer` that repaints."
     def decide(self, source):
@@ -565,18 +593,17 @@ class _Repaint(_Reference):
         if source.get("luminosity"): image = standardise_luminosity(image, source["luminosity"])
         if "reinhard" in self.method: return colour_transfer(image, source, self.reference_, "modified" in self.method, out)
         vectors, scale = np.asarray(source["stain_matrix"], float), self.max_concentration_ / np.maximum(source["max_concentration"], 1e-6)
-        if self.engine_ == "staintools":
-            return _staintools().repaint(image, vectors, self.stain_matrix_, scale, np.empty_like(image) if out is None else out, source["glass"], self.white_, self.penalty)
-        plan = paint_plan(vectors, self.stain_matrix_, scale, source["glass"], self.white_, self.penalty)
+        plan = paint_plan(vectors, self.stain_matrix_, scale, source["white"], self.white_, self.penalty)
+        if self.engine_ == "staintools": return _staintools().repaint(image, plan, np.empty_like(image) if out is None else out, vectors, self.penalty)
         return repaint(image, plan, self.engine_, _device(self.device), out)
 
-# %% ../nbs/01_stain.ipynb #cb05a2cd
+# %% ../nbs/01_stain.ipynb #5e4d57e0
 class StainNormalizer(_Repaint):
     "Gives slides the look of a reference: `fit(image)`, then `transform(image)`; `report_` tells how it went."
     def transform(self, image, source=None):
         "The picture (uint8, same shape, alpha kept) repainted, or as it was where that cannot be; `source` is its slide's report when that is known."
         rgb = as_rgb(image)
-        known = None if source is None else dict(ok=True, reason="", done=True, glass=np.zeros(2)) | source
+        known = None if source is None else dict(ok=True, reason="", done=True, white=np.full(3, 255.)) | source
         self.report_ = known or self.decide(self.measure(rgb))
         if not self.report_["done"]: return as_uint8(np.array(image))
         result, shape = self.apply(rgb, self.report_), np.shape(image)

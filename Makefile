@@ -8,6 +8,7 @@ RUN     ?= runs/demo
 NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb))
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONUNBUFFERED := 1
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help install demo test test-all run lab notebooks readme kernels bench export clean-all gates
 .DEFAULT_GOAL := help

@@ -365,7 +365,7 @@ def cut_patch(
     block = crop(name, slice(rows.min(), rows.max() + 1), slice(cols.min(), cols.max() + 1))
     return block[np.ix_(rows - rows.min(), cols - cols.min())]
 
-# %% ../nbs/00_data.ipynb #62bfd242
+# %% ../nbs/00_data.ipynb #f5a184b7
 def patch_size(
     um: float,                # side in micrometres
     um_per_px: float,
@@ -379,7 +379,7 @@ def normalised_coords(
 )->np.ndarray:        # (n, 2) float32, centred and of unit spread in each slide
     "Where a spot lies in its own slide: comparable between slides of different size and place."
     by = spots.groupby("slide")[["x", "y"]]
-    return ((spots[["x", "y"]] - by.transform("mean")) / by.transform(lambda v: v.std(ddof=0) or 1.)).to_numpy(np.float32)
+    return ((spots[["x", "y"]] - by.transform("mean")) / by.transform(lambda v: v.std(ddof=0) or 1.)).to_numpy(np.float32).copy()
 
 # %% ../nbs/00_data.ipynb #0a3f8511
 class HESpotDataset(Dataset):

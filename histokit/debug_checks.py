@@ -6,7 +6,7 @@
 __all__ = ['LEVELS', 'MOST_SPOTS', 'MOST_PIXELS', 'COLOURS', 'Finding', 'error', 'warning', 'note', 'format_findings',
            'worst_first', 'from_error', 'attempt', 'column_findings', 'value_findings', 'spot_findings', 'Look',
            'look_at', 'pixel_findings', 'tissue_share', 'tissue_findings', 'lattice_turn', 'check_targets',
-           'check_scale', 'same_pictures', 'between_slides', 'table_findings', 'table_notes', 'listed_slides',
+           'check_scale', 'detail', 'same_pictures', 'between_slides', 'table_findings', 'table_notes', 'listed_slides',
            'slide_findings', 'check_file', 'check_images', 'reference_patch', 'border_rows', 'check_centred',
            'open_handles', 'same_items', 'check_dataset', 'coordinate_findings', 'target_findings',
            'check_split_honesty', 'check_optimizer', 'check_norms', 'check_loss', 'check_training', 'check_rule',
@@ -14,7 +14,7 @@ __all__ = ['LEVELS', 'MOST_SPOTS', 'MOST_PIXELS', 'COLOURS', 'Finding', 'error',
            'run_slides', 'run_spots', 'fold_folders', 'run_split', 'run_training', 'run_predictions', 'check_ladder',
            'run_dataset', 'check_run', 'show_checks', 'raise_errors']
 
-# %% ../nbs/05_debug_checks.ipynb #8af1309e
+# %% ../nbs/05_debug_checks.ipynb #d4ce0c50
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 
 from .core import BadInput, choose, read_json
-from .data import (LATTICE_UM, DataFactory, HESpotDataset, SlideCache, assign_folds, check_columns, check_image, check_inside, check_split, check_values,
+from .data import (LATTICE_UM, DataFactory, HESpotDataset, SlideCache, assign_folds, check_columns, check_image, check_inside, check_split,
+    check_values,
     cut_patch, h5_child, is_target, lattice, normalised_coords, on_tissue, open_h5, patch_size, read_spots, resize)
 from .model import Loss, check_param_groups, load_model, param_groups, trial_step
 from .train import held_out_constants, mean_spearman, dihedral
@@ -62,13 +63,14 @@ def worst_first(findings)->list:
     "Errors, then warnings, then notes; each once."
     return sorted(dict.fromkeys(findings), key=lambda f: LEVELS.index(f.level))
 
-# %% ../nbs/05_debug_checks.ipynb #49848943
+# %% ../nbs/05_debug_checks.ipynb #e363fdf1
 def from_error(
     e: Exception,      # BadInput, or what a library raised
     where: str = "",
 )->Finding:
     "An exception as an error finding; a BadInput's line is split into what and mend."
-    if not isinstance(e, BadInput): return error(f"cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:200]})", "the file is damaged; copy or make it again", where)
+    if not isinstance(e, BadInput): return error(f"cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:200]})",
+        "the file is damaged; copy or make it again", where)
     what, _, mend = str(e).rpartition("; ")
     what, mend = (what, mend) if what else (mend, "")
     return error(what.removeprefix(f"{where}: ").removeprefix(f"{where} ") if where else what, mend, where)
@@ -109,7 +111,7 @@ def value_findings(
         out += [f for f in one if f.mend not in seen]; seen |= {f.mend for f in one}
     return out
 
-# %% ../nbs/05_debug_checks.ipynb #0493feed
+# %% ../nbs/05_debug_checks.ipynb #0963f950
 MOST_SPOTS, MOST_PIXELS = 10_000_000, 1 << 37
 
 def spot_findings(
@@ -118,7 +120,8 @@ def spot_findings(
 )->tuple:                   # findings, and the table of what are numbers (None where there is none)
     "All that is wrong with one slide's spots."
     where, out = dataset.name.strip("/"), []
-    if dataset.shape is not None and np.prod(dataset.shape, dtype=float) > MOST_SPOTS: return [error(f"claims {dataset.shape} spots", "no slide has as many; make the file again", where)], None
+    if np.prod(dataset.shape or 0, dtype=float) > MOST_SPOTS:
+        return [error(f"claims {dataset.shape} spots", "no slide has as many; make the file again", where)], None
     table = attempt(out, where, read_spots, dataset, targets)
     if table is not None or not out or dataset.dtype.names is None or not dataset.shape or dataset.shape[0] == 0: return out, table
     out += column_findings(dataset.dtype.names, where, targets)
@@ -132,7 +135,7 @@ def spot_findings(
     table = table[["x", "y", *(c for c in table if is_target(c))]]
     return worst_first(out + value_findings(table, where)), table
 
-# %% ../nbs/05_debug_checks.ipynb #0f2bec48
+# %% ../nbs/05_debug_checks.ipynb #0fb7b15b
 @dataclass
 class Look:
     "What one pass over a slide saw."
@@ -144,6 +147,7 @@ class Look:
     thumb: np.ndarray     # (h, w, 3) uint8
     seen: np.ndarray      # (h,) bool: thumbnail rows that were read; the others repeat the nearest
 
+# %% ../nbs/05_debug_checks.ipynb #3e1d3a30
 def look_at(
     dataset,                    # h5py Dataset (H, W, 3)
     budget: int = 1 << 25,      # values to read at most
@@ -154,7 +158,8 @@ def look_at(
     if h * w > MOST_PIXELS: raise BadInput(f"claims {h} x {w} pixels; no slide is as large: make the file again")
     chunk = dataset.chunks[0] if dataset.chunks else 1
     band = min(h, chunk * max(1, 32 // chunk)); band = band if band * w * 3 <= 8 * budget else max(1, budget // (w * 3))
-    starts = np.arange(0, h, band); starts = starts[np.unique(np.linspace(0, len(starts) - 1, max(1, min(len(starts), budget // (band * w * 3)))).round().astype(int))]
+    starts = np.arange(0, h, band); n = max(1, min(len(starts), budget // (band * w * 3)))
+    starts = starts[np.unique(np.linspace(0, len(starts) - 1, n).round().astype(int))]
     thumb, seen, low, high, rows_read = np.zeros((-(-h // step), -(-w // step), 3), dataset.dtype), np.zeros(-(-h // step), bool), [], [], 0
     for y in starts:
         block = dataset[y:y + band]; rows_read += len(block)
@@ -165,12 +170,13 @@ def look_at(
     known = np.flatnonzero(seen); nearest = known[np.abs(np.arange(len(seen))[:, None] - known).argmin(1)]
     return Look(dataset.dtype, low, high, rows_read / h, step, _to_uint8(thumb[nearest], high), seen)
 
+# %% ../nbs/05_debug_checks.ipynb #9077c2ee
 def _to_uint8(image, high):
     "A thumbnail as uint8 whatever its convention, since it is only looked at."
     scale = 1 if image.dtype == np.uint8 or 1.5 < high <= 255.5 else 255 / (65535 if image.dtype == np.uint16 else max(high, 1) if np.isfinite(high) else 1)
     return np.nan_to_num(np.clip(image.astype(np.float32) * scale, 0, 255)).round().astype(np.uint8)
 
-# %% ../nbs/05_debug_checks.ipynb #59027008
+# %% ../nbs/05_debug_checks.ipynb #a88b096c
 def pixel_findings(
     look: Look,
     where: str,
@@ -178,18 +184,24 @@ def pixel_findings(
     "Pictures that were scaled twice, scaled wrongly, or hold nothing."
     low, high, kind, out = look.low, look.high, look.dtype, []
     if not (np.isfinite(low) and np.isfinite(high)): return [error("has values that are not finite", "fill them with white (1.0)", where)]
-    if low == high: return [error(f"is one flat colour ({low:g} everywhere)", "store the picture: was it never written, or floats in 0-1 cast to bytes?", where)]
+    if low == high: return [error(f"is one flat colour ({low:g} everywhere)", "store the picture: was it never written, or floats in 0-1 cast to bytes?",
+        where)]
     if kind.kind == "f":
-        if 1.001 < high <= 255.5 and low >= 0: out.append(error(f"holds floats up to {high:.4g}: a picture in 0-255 stored as float", "divide by 255, or store it as uint8", where))
+        if 1.001 < high <= 255.5 and low >= 0: out.append(error(f"holds floats up to {high:.4g}: a picture in 0-255 stored as float",
+            "divide by 255, or store it as uint8", where))
         elif low < -1e-3 or high > 1.001: out.append(error(f"holds floats from {low:.4g} to {high:.4g}", "scale them to 0-1, or store uint8", where))
         elif high < .02: out.append(error(f"holds floats up to {high:.4g} only: it was scaled to 0-1 twice", "multiply by 255", where))
-    elif kind == np.uint8 and high <= 1: out.append(error("holds only 0 and 1: a float picture in 0-1 that was cast to bytes", "multiply by 255 before casting", where))
-    elif kind == np.uint16 and high <= 4095: out.append(error(f"is uint16 but never above {high:.0f}: a picture of {8 if high <= 255 else 12} bits", "stretch it to 0-65535, or store it as uint8", where))
-    if not out and look.thumb.mean() < 40: out.append(warning(f"is nearly black (mean {look.thumb.mean():.0f} of 255)", "a slide in transmitted light is bright: look at it", where))
-    if not out and (np.ptp(look.thumb, axis=2) <= 2).mean() > .99: out.append(warning("has no colour", "H&E needs red, green and blue: was it read as grey?", where))
+    elif kind == np.uint8 and high <= 1: out.append(error("holds only 0 and 1: a float picture in 0-1 that was cast to bytes",
+        "multiply by 255 before casting", where))
+    elif kind == np.uint16 and high <= 4095: out.append(error(f"is uint16 but never above {high:.0f}: a picture of {8 if high <= 255 else 12} bits",
+        "stretch it to 0-65535, or store it as uint8", where))
+    if not out and look.thumb.mean() < 40: out.append(warning(f"is nearly black (mean {look.thumb.mean():.0f} of 255)",
+        "a slide in transmitted light is bright: look at it", where))
+    if not out and (np.ptp(look.thumb, axis=2) <= 2).mean() > .99: out.append(warning("has no colour", "H&E needs red, green and blue: was it read as grey?",
+        where))
     return out
 
-# %% ../nbs/05_debug_checks.ipynb #49f3ca29
+# %% ../nbs/05_debug_checks.ipynb #78a0c52a
 def tissue_share(
     look: Look,
     xy,                 # (n, 2) pixels of the slide
@@ -200,6 +212,7 @@ def tissue_share(
     xy = xy[look.seen[row]] / look.step
     return float(on_tissue(look.thumb, xy, max(diameter / look.step, 1)).mean()) if len(xy) else float("nan")
 
+# %% ../nbs/05_debug_checks.ipynb #91553dde
 def tissue_findings(
     look: Look, table,  # the slide and its spots
     shape, where: str,  # (H, W) of the slide
@@ -210,10 +223,13 @@ def tissue_findings(
     share = tissue_share(look, xy, diameter)
     fits = (xy[:, ::-1] <= np.array(shape[1::-1]) - 1).all()
     swapped = tissue_share(look, xy[:, ::-1], diameter) if fits else 0.
-    if swapped > share + .1: return [warning(f"{share:.0%} of the spots lie on tissue, {swapped:.0%} if x and y were swapped", "x is the column and y the row: swap them if a picture confirms it", where)], share
-    if share < .92: return [warning(f"{1 - share:.0%} of the spots lie beside the tissue", "are the coordinates of this picture, at its resolution? Look at the spots on it", where)], share
+    if swapped > share + .1: return [warning(f"{share:.0%} of the spots lie on tissue, {swapped:.0%} if x and y were swapped",
+        "x is the column and y the row: swap them if a picture confirms it", where)], share
+    if share < .92: return [warning(f"{1 - share:.0%} of the spots lie beside the tissue",
+        "are the coordinates of this picture, at its resolution? Look at the spots on it", where)], share
     return [], share
 
+# %% ../nbs/05_debug_checks.ipynb #0feba94b
 def lattice_turn(
     xy,                 # (n, 2) positions
 )->float:               # degrees in [-30, 30); nan where the spots are not on a hexagonal lattice
@@ -223,7 +239,7 @@ def lattice_turn(
     pairs = cKDTree(xy).query_pairs(1.25 * pitch, output_type="ndarray"); step = xy[pairs[:, 1]] - xy[pairs[:, 0]]
     return float(np.degrees(np.angle(np.exp(6j * np.arctan2(step[:, 1], step[:, 0])).mean()) / 6))
 
-# %% ../nbs/05_debug_checks.ipynb #d9acf82b
+# %% ../nbs/05_debug_checks.ipynb #2b66b43f
 def check_targets(
     table,           # DataFrame that holds the targets
     names,           # the columns that are taken as targets
@@ -232,16 +248,21 @@ def check_targets(
     "Wrong columns, wrong types, and columns that hold nothing."
     names = [str(n) for n in names]
     if not names: return [error("no target column was found", "they are named C1, C2, … with a capital C", where)]
-    out = [error(f"'{n}' is taken as a target", "choose the targets by name (C1, C2, …), not by position", where) for n in names if n in ("x", "y", "ID", "Test_Set", "slide", "fold")]
+    out = [error(f"'{n}' is taken as a target", "choose the targets by name (C1, C2, …), not by position", where) for n in names if n in ("x", "y", "ID",
+        "Test_Set", "slide", "fold")]
     out += [error(f"{n} has type object", "read the column with its own type, as float64", where) for n in names if table[n].dtype.kind not in "iufb"]
     if out: return out
     values = table[names].to_numpy(float)
-    if not np.isfinite(values).all(): return [error(f"{(~np.isfinite(values)).any(1).sum()} rows hold values that are not finite", "drop them, or fill them", where)]
+    if not np.isfinite(values).all(): return [error(f"{(~np.isfinite(values)).any(1).sum()} rows hold values that are not finite", "drop them, or fill them",
+        where)]
     if len(names) == 1: out.append(warning("there is one target only", "the score is the order of the targets within a spot: with one there is none", where))
     zero, flat = [n for n, v in zip(names, values.T) if not v.any()], [n for n, v in zip(names, values.T) if v.any() and np.ptp(v) == 0]
-    if zero: out.append(warning(f"{len(zero)} targets are zero everywhere ({', '.join(zero[:4])})", "is the table complete? A target without values is learnt as last in every spot", where))
-    if flat: out.append(warning(f"{len(flat)} targets are the same everywhere ({', '.join(flat[:4])})", "nothing can be learnt from them: drop them, or look at how they were made", where))
-    if len(values) > 1 and (same := (np.ptp(values, axis=1) == 0).mean()) > .01: out.append(warning(f"{same:.0%} of the spots have all targets equal", "they have no order, and score 0 whatever is predicted", where))
+    if zero: out.append(warning(f"{len(zero)} targets are zero everywhere ({', '.join(zero[:4])})",
+        "is the table complete? A target without values is learnt as last in every spot", where))
+    if flat: out.append(warning(f"{len(flat)} targets are the same everywhere ({', '.join(flat[:4])})",
+        "nothing can be learnt from them: drop them, or look at how they were made", where))
+    if len(values) > 1 and (same := (np.ptp(values, axis=1) == 0).mean()) > .01: out.append(warning(f"{same:.0%} of the spots have all targets equal",
+        "they have no order, and score 0 whatever is predicted", where))
     if len(values) > 1 and (twice := pd.DataFrame(values).duplicated().mean()) > .2: out.append(warning(f"{twice:.0%} of the spots repeat another spot's targets", "was the table joined in the right order?", where))
     return out
 
@@ -252,57 +273,75 @@ def check_scale(
     "Whether a squared error would fit a handful of values only."
     square = np.sort(((values - np.mean(values, 0)) ** 2).ravel())[::-1]
     share = square[:max(1, len(square) // 100)].sum() / max(square.sum(), 1e-300)
-    return [warning(f"1 % of the values make {share:.0%} of the squared error", "learn target=log or target=rank, the scale that the score sees", where)] if share > .5 else []
+    return [warning(f"1 % of the values make {share:.0%} of the squared error", "learn target=log or target=rank, the scale that the score sees",
+        where)] if share > .5 else []
 
-# %% ../nbs/05_debug_checks.ipynb #8f03e1be
+# %% ../nbs/05_debug_checks.ipynb #2016e958
+def detail(
+    look: Look,
+    side: int = 48,           # cells a side
+)->torch.Tensor:              # (side, side), of unit norm
+    "A small grey picture with brightness and contrast evened out locally, so that the outline of the tissue and its stain count for little."
+    pool = lambda t: torch.nn.functional.avg_pool2d(t, 5, 1, 2, count_include_pad=False)
+    g = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(look.thumb.mean(-1, dtype=np.float32))[None], side)
+    d = g - pool(g); d = d / (pool(d * d).sqrt() + .5)
+    return (d / d.norm().clamp_min(1e-6))[0]
+
+# %% ../nbs/05_debug_checks.ipynb #f0202353
 def same_pictures(
     looks: dict,              # slide -> Look
-    threshold: float = .985,  # correlation of the thumbnails
+    threshold: float = .7,    # correlation of the details
 )->list:                      # (slide, slide, correlation)
-    "Pairs of slides whose pictures are the same, up to turns and flips."
-    def small(look, side=32):
-        grey = torch.from_numpy(look.thumb.mean(-1, dtype=np.float32))[None]
-        g = torch.nn.functional.adaptive_avg_pool2d(grey, side)[0]
-        return (g - g.mean()) / g.std().clamp_min(1e-6) / side
-    tiny, out = {n: small(v) for n, v in looks.items()}, []
+    "Pairs of slides whose pictures are the same, up to turns, flips and stain."
+    tiny, out = {n: detail(v) for n, v in looks.items()}, []
     for i, a in enumerate(tiny):
         for b in list(tiny)[i + 1:]:
             best = max(float((dihedral(tiny[a], k) * tiny[b]).sum()) for k in range(8))
             if best > threshold: out.append((a, b, best))
     return out
 
+# %% ../nbs/05_debug_checks.ipynb #53b496cb
 def between_slides(
     factory,         # DataFactory
     looks: dict,     # slide -> Look
 )->list:
     "Slides that repeat, contradict or leak into each other."
     info, out = factory.slides, []
-    out += [error(f"{a} and {b} are the same picture (correlation {r:.3f})", "remove one: a picture on both sides of a split makes every score too good", "images") for a, b, r in same_pictures(looks)]
+    out += [error(f"{a} and {b} are the same picture (correlation {r:.3f})", "remove one: a picture on both sides of a split makes every score too good",
+        "images") for a, b, r in same_pictures(looks)]
     um = {n: s.um_per_px for n, s in info.items()}; known = [v for v in um.values() if np.isfinite(v)]
-    if lost := [n for n, v in um.items() if not np.isfinite(v)]: out.append(warning(f"the scale of {', '.join(lost)} is not known", "add the attribute um_per_px to the image, or give patches in pixels (patch_px)", "images"))
-    if known and max(known) > 1.5 * min(known): out.append(warning(f"scales from {min(known):.3g} to {max(known):.3g} µm a pixel", "give patches in micrometres (patch_um), so that they show the same area; are the attributes right?", "images"))
+    if lost := [n for n, v in um.items() if not np.isfinite(v)]: out.append(warning(f"the scale of {', '.join(lost)} is not known",
+        "add the attribute um_per_px to the image, or give patches in pixels (patch_px)", "images"))
+    if known and max(known) > 1.5 * min(known): out.append(warning(f"scales from {min(known):.3g} to {max(known):.3g} µm a pixel",
+        "give patches in micrometres (patch_um), so that they show the same area; are the attributes right?", "images"))
     for s in info.values():
         if s.um_source == "attribute" and s.lattice in LATTICE_UM and abs(s.pitch_px * s.um_per_px / LATTICE_UM[s.lattice] - 1) > .1:
             out.append(warning(f"{s.um_per_px:.3g} µm a pixel makes neighbouring spots {s.pitch_px * s.um_per_px:.0f} µm apart; a {s.lattice} lattice has {LATTICE_UM[s.lattice]:.0f}", "check um_per_px and the coordinates", s.name))
-    pitch = {n: s.pitch_px * (s.um_per_px if s.um_source == "attribute" else 1) for n, s in info.items() if s.lattice != "unknown"}; middle = np.median(list(pitch.values())) if pitch else 0.
-    out += [warning(f"the pitch of its spots is {p / middle:.2f} times that of the others", "are its coordinates of this picture's resolution?", n) for n, p in pitch.items() if abs(p / middle - 1) > .08]
-    turn = {n: lattice_turn(factory.spots.loc[factory.spots.slide.eq(n), ["x", "y"]].to_numpy()) for n in info}; turn = {n: t for n, t in turn.items() if np.isfinite(t)}
+    pitch = {n: s.pitch_px * (s.um_per_px if s.um_source == "attribute" else 1) for n,
+        s in info.items() if s.lattice != "unknown"}; middle = np.median(list(pitch.values())) if pitch else 0.
+    out += [warning(f"the pitch of its spots is {p / middle:.2f} times that of the others", "are its coordinates of this picture's resolution?", n) for n,
+        p in pitch.items() if abs(p / middle - 1) > .08]
+    turn = {n: lattice_turn(factory.spots.loc[factory.spots.slide.eq(n), ["x", "y"]].to_numpy()) for n in info}; turn = {n: t for n,
+        t in turn.items() if np.isfinite(t)}
     u = np.exp(6j * np.radians(list(turn.values()))); usual = u[np.argmax((u[:, None] * u.conj()).real.sum(0))] if len(u) else 1
-    out += [warning("the rows of its lattice are turned by 30° against the other slides'", "x and y may be swapped: x is the column, y the row", n) for n, v in zip(turn, u) if abs(np.angle(v / usual)) > 2 and len(turn) > 2]
+    out += [warning("the rows of its lattice are turned by 30° against the other slides'", "x and y may be swapped: x is the column, y the row", n) for n,
+        v in zip(turn, u) if abs(np.angle(v / usual)) > 2 and len(turn) > 2]
     return out
 
-# %% ../nbs/05_debug_checks.ipynb #608e7087
+# %% ../nbs/05_debug_checks.ipynb #b469a6ba
 def table_findings(
     factory,         # DataFactory
 )->list:
     "Too little to learn from, targets that hold nothing, and sections of one patient."
     out, train = [], factory.spots[factory.spots.split.eq("Train")]
     out += check_targets(train, factory.targets)
-    out += [warning(f"holds {s.n_spots} spots only", "a score on so few says little: keep the slide for training, or join it to another", s.name) for s in factory.slides.values() if s.split == "Train" and s.n_spots < 30]
+    out += [warning(f"holds {s.n_spots} spots only", "a score on so few says little: keep the slide for training, or join it to another",
+        s.name) for s in factory.slides.values() if s.split == "Train" and s.n_spots < 30]
     if not factory.names("Test"): out.append(warning("there is no test slide", "add slides under images/Test and spots/Test to get a submission", "spots"))
     attempt(out, "spots/Train", assign_folds, factory.spots)
     sections = Counter(s.patient for s in factory.slides.values() if s.split == "Train"); several = [p for p, n in sections.items() if n > 1]
-    if several: out.append(note(f"patients with several sections: {', '.join(f'{p} ({sections[p]})' for p in several)}", "split by patient (split=auto does, where there is more than one): sections of one tissue are nearly the same", "spots/Train"))
+    if several: out.append(note(f"patients with several sections: {', '.join(f'{p} ({sections[p]})' for p in several)}",
+        "split by patient (split=auto does, where there is more than one): sections of one tissue are nearly the same", "spots/Train"))
     shared = sorted({s.patient for s in factory.slides.values() if s.split == "Test"} & set(sections))
     if shared: out.append(note(f"patients {', '.join(shared)} are in Train and in Test", "a score on the test slides will not hold for new patients", "spots"))
     return out
@@ -318,10 +357,11 @@ def table_notes(
     out.append(note(f"{len(values)} training spots, {len(factory.targets)} targets from {values.min():.3g} to {values.max():.3g}, {(values == 0).mean():.0%} zeros" + (f", spread over {np.log10(positive.max() / positive.min()):.0f} orders of magnitude" if positive.size else ""), where="spots/Train"))
     if train.slide.nunique() > 1 and len(factory.targets) > 1:
         score = mean_spearman(held_out_constants(values, train.slide.to_numpy())["constant: mean rank"], values)
-        out.append(note(f"a constant answer (mean rank of the other slides) scores {score:.3f} per spot, leave-one-slide-out", "a model is worth what it adds to this", "spots/Train"))
+        out.append(note(f"a constant answer (mean rank of the other slides) scores {score:.3f} per spot, leave-one-slide-out",
+            "a model is worth what it adds to this", "spots/Train"))
     return out
 
-# %% ../nbs/05_debug_checks.ipynb #550781a2
+# %% ../nbs/05_debug_checks.ipynb #4fb893c8
 def listed_slides(
     h5,               # open file
     findings: list,   # grows by what is missing
@@ -337,6 +377,7 @@ def listed_slides(
             out |= {(name, part): None for name in inner or ()}
     return list(out)
 
+# %% ../nbs/05_debug_checks.ipynb #3f693ad9
 def slide_findings(
     h5, name: str, part: str,   # open file, slide, Train or Test
     budget: int,                # pixel values to read
@@ -380,7 +421,7 @@ def _factory_findings(path, looks, shares, known):
     for f in (lambda: between_slides(factory, looks), lambda: table_findings(factory), lambda: table_notes(factory, shares)): out += attempt(out, "", f) or []
     return out
 
-# %% ../nbs/05_debug_checks.ipynb #1c5114d1
+# %% ../nbs/05_debug_checks.ipynb #31c5c186
 def check_images(
     images,          # (B, 3, H, W) uint8, or float in 0-1; array or tensor
     where: str = "images",
@@ -388,14 +429,19 @@ def check_images(
     "Batches that are scaled twice or not at all, empty, padded with black, or laid out wrongly."
     a = np.asarray(images)
     if a.ndim != 4: return [error(f"a batch has shape {a.shape}", "it is (batch, 3, height, width)", where)]
-    if a.shape[1] not in (1, 3) and a.shape[3] in (1, 3, 4): return [error(f"a batch has shape {a.shape}: channels come last", "permute to (batch, 3, height, width)", where)]
+    if a.shape[1] not in (1, 3) and a.shape[3] in (1, 3,
+        4): return [error(f"a batch has shape {a.shape}: channels come last", "permute to (batch, 3, height, width)", where)]
     if a.dtype != np.uint8 and a.dtype.kind != "f": return [error(f"a batch has type {a.dtype}", "pass uint8, or floats in 0-1", where)]
     low, high, out = float(a.min()), float(a.max()), []
-    if not (np.isfinite(low) and np.isfinite(high)): return [error("a batch has values that are not finite", "look at the slide and at the augmentation", where)]
+    if not (np.isfinite(low) and np.isfinite(high)): return [error("a batch has values that are not finite", "look at the slide and at the augmentation",
+        where)]
     top = 255 if a.dtype == np.uint8 else 1.
-    if a.dtype.kind == "f" and high > 1.5: return [error(f"floats up to {high:.4g}: pixels were not scaled, or normalised before the model does it", "pass uint8, or floats in 0-1", where)]
-    if a.dtype.kind == "f" and low < -1e-3: return [error(f"floats from {low:.4g}: pixels were normalised before the model does it", "pass uint8, or floats in 0-1", where)]
-    if high <= .02 * top: return [error(f"all is black (up to {high:.4g} of {top:g}): scaled twice, or 0-1 read as bytes", "pass uint8, or floats in 0-1, as they come from the slide", where)]
+    if a.dtype.kind == "f" and high > 1.5: return [error(f"floats up to {high:.4g}: pixels were not scaled, or normalised before the model does it",
+        "pass uint8, or floats in 0-1", where)]
+    if a.dtype.kind == "f" and low < -1e-3: return [error(f"floats from {low:.4g}: pixels were normalised before the model does it",
+        "pass uint8, or floats in 0-1", where)]
+    if high <= .02 * top: return [error(f"all is black (up to {high:.4g} of {top:g}): scaled twice, or 0-1 read as bytes",
+        "pass uint8, or floats in 0-1, as they come from the slide", where)]
     spread, level = a.reshape(len(a), -1).std(1) / top, a.reshape(len(a), -1).mean(1) / top
     for name, bad in (("white", (spread < .02) & (level > .85)), ("black", level < .05)):
         if bad.mean() > .25: out.append(warning(f"{bad.mean():.0%} of the patches are {name}", "are the spots where the tissue is?", where))
@@ -404,12 +450,13 @@ def check_images(
     if edges.any(): out.append(warning(f"{edges.any(0).sum()} patches have a black edge", "mirror at the slide's border instead of padding with zeros", where))
     return out
 
-# %% ../nbs/05_debug_checks.ipynb #bff40c80
+# %% ../nbs/05_debug_checks.ipynb #72833ac7
 def _third(image):
     "The middle third of (3, s, s) as float."
     s = image.shape[-1]; a, b = s // 3, max(s // 3 + 1, s - s // 3)
     return np.asarray(image)[:, a:b, a:b].astype(np.float32)
 
+# %% ../nbs/05_debug_checks.ipynb #03199a43
 def reference_patch(
     dataset, i,              # HESpotDataset and an index
     dx=0., dy=0.,            # shift, in sides of a patch
@@ -422,6 +469,7 @@ def reference_patch(
     patch = torch.from_numpy(np.ascontiguousarray(cut_patch(dataset.slides, name, x + dx * s, y + dy * s, s))).permute(2, 0, 1)
     return (resize(patch, px) if px and px != s else patch).numpy()
 
+# %% ../nbs/05_debug_checks.ipynb #b8ea6282
 def border_rows(
     dataset,                 # HESpotDataset
 )->np.ndarray:               # (n,) bool
@@ -430,6 +478,7 @@ def border_rows(
     size = {n: dataset.slides.shape(n)[1::-1] if hasattr(dataset.slides, "shape") else dataset.slides[n].shape[1::-1] for n in set(dataset.slide)}
     return ((dataset.xy < half) | (dataset.xy > np.array([size[n] for n in dataset.slide]) - half)).any(1)
 
+# %% ../nbs/05_debug_checks.ipynb #2dba9bbf
 def check_centred(
     dataset, index,          # HESpotDataset without augmentation, and rows to look at
     where: str = "patches",
@@ -442,10 +491,13 @@ def check_centred(
     edge = border_rows(dataset); kind = " at the border" if all(edge[i] for i in bad) else ""
     guesses = {(dx, dy): np.median([off(i, dx=dx, dy=dy) for i in bad[:8]]) for dx in (-.5, -.25, 0, .25, .5) for dy in (-.5, -.25, 0, .25, .5)}
     best = min(guesses, key=guesses.get); swapped = np.median([off(i, swap=True) for i in bad[:8]])
-    how = "they fit with x and y swapped" if swapped < min(4, guesses[best]) else f"they fit {best[0]:+.2g} patches in x and {best[1]:+.2g} in y from the spot" if guesses[best] < 12 and best != (0, 0) else "they fit nowhere near"
-    return [error(f"{len(bad)} of {len(index)} patches{kind} do not show the slide at their spot; {how}", "cut from x - size/2 to x + size/2 (x the column, y the row), mirrored at borders", where)]
+    how = "they fit with x and y swapped" if swapped < min(4,
+        guesses[best]) else f"they fit {best[0]:+.2g} patches in x and {best[1]:+.2g} in y from the spot" if guesses[best] < 12 and best != (0,
+        0) else "they fit nowhere near"
+    return [error(f"{len(bad)} of {len(index)} patches{kind} do not show the slide at their spot; {how}",
+        "cut from x - size/2 to x + size/2 (x the column, y the row), mirrored at borders", where)]
 
-# %% ../nbs/05_debug_checks.ipynb #8a2b6f01
+# %% ../nbs/05_debug_checks.ipynb #1d94463a
 def open_handles(
     thing,               # dataset, cache, …
     depth: int = 3,      # attributes of attributes of …
@@ -454,7 +506,8 @@ def open_handles(
     out, inside = [], vars(thing).items() if hasattr(thing, "__dict__") else thing.items() if isinstance(thing, dict) else ()
     for name, value in inside:
         if isinstance(value, (h5py.File, h5py.Group, h5py.Dataset)): out += [str(name)] if value and not hasattr(thing, "_pid") else []
-        elif depth and (isinstance(value, dict) or type(value).__module__.split(".")[0] not in ("builtins", "numpy", "torch", "pandas")): out += [f"{name}.{n}" for n in open_handles(value, depth - 1)]
+        elif depth and (isinstance(value, dict) or type(value).__module__.split(".")[0] not in ("builtins", "numpy", "torch",
+            "pandas")): out += [f"{name}.{n}" for n in open_handles(value, depth - 1)]
     return out
 
 def same_items(
@@ -465,7 +518,7 @@ def same_items(
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(dataset, list(index)), 4, num_workers=workers)
     return bool(np.array_equal(np.concatenate([x["image"].numpy() for x, _ in loader]), np.stack([dataset[i][0]["image"] for i in index])))
 
-# %% ../nbs/05_debug_checks.ipynb #b157af0e
+# %% ../nbs/05_debug_checks.ipynb #b1504c37
 def check_dataset(
     dataset,              # HESpotDataset: items are (inputs, target)
     n: int = 24,          # items to look at
@@ -482,18 +535,24 @@ def check_dataset(
     if getattr(dataset, "augment", None) is None: out += check_centred(dataset, index, where)
     out += coordinate_findings(np.stack([np.asarray(x["coords"]) for x, _ in items]), where) if "coords" in items[0][0] else []
     out += target_findings([t for _, t in items], where)
-    out += [error(f"an HDF5 file is open in '{n}' before the workers start", "open it in the worker, at the first read (SlideCache does)", where) for n in open_handles(dataset)]
-    if workers and getattr(dataset, "augment", None) is None and not same_items(dataset, index[:8], workers): out.append(error("worker processes read other patches than this one", "open the file in the worker, and use no random state of the parent", where))
+    out += [error(f"an HDF5 file is open in '{n}' before the workers start", "open it in the worker, at the first read (SlideCache does)",
+        where) for n in open_handles(dataset)]
+    if workers and getattr(dataset, "augment", None) is None and not same_items(dataset, index[:8],
+        workers): out.append(error("worker processes read other patches than this one", "open the file in the worker, and use no random state of the parent",
+        where))
     return out
 
+# %% ../nbs/05_debug_checks.ipynb #9ffe597a
 def coordinate_findings(
     coords,              # (n, 2)
     where: str,
 )->list:
     "Coordinates that a network cannot use as they are."
     if not np.isfinite(coords).all(): return [error("coordinates are not finite", "normalise them over whole slides", where)]
-    return [error(f"coordinates reach {np.abs(coords).max():.4g}", "normalise them in each slide (normalised_coords): pixels drown every other input", where)] if np.abs(coords).max() > 10 else []
+    return [error(f"coordinates reach {np.abs(coords).max():.4g}", "normalise them in each slide (normalised_coords): pixels drown every other input",
+        where)] if np.abs(coords).max() > 10 else []
 
+# %% ../nbs/05_debug_checks.ipynb #7e74e931
 def target_findings(
     targets,             # list of tensors, one an item
     where: str,
@@ -507,7 +566,7 @@ def target_findings(
     if not t.isfinite().all(): return [error("targets are not finite", "the logarithm of zero? Use TargetTransform, which has a floor", where)]
     return [error("every item has the same target", "does the dataset use its index?", where)] if len(t) > 1 and not (t != t[:1]).any() else []
 
-# %% ../nbs/05_debug_checks.ipynb #a6f9601a
+# %% ../nbs/05_debug_checks.ipynb #5df8f5ab
 def check_split_honesty(
     spots,                # training spots: slide, patient, x, y
     fold,                 # (n,) the fold in which each is held out
@@ -520,26 +579,32 @@ def check_split_honesty(
     if len(np.unique(fold)) < 2: return [error("there is one fold only", "hold out a slide at a time", where)]
     several = [n for n, f in pd.Series(fold).groupby(spots.slide.to_numpy()) if f.nunique() > 1]
     mixed = [n for n in several if _neighbours_apart(spots, fold, n) > .3]
-    if mixed: out.append(error(f"the spots of {', '.join(mixed)} are split at random: most have a neighbour in another fold", "hold out whole slides; a random split reads about 0.2 too high", where))
-    elif several: out += _overlaps(spots, fold, patch_px, where) or [warning(f"{', '.join(several)} are in several folds", "hold out whole slides where there are enough: one slide's stain and tissue are on both sides", where)]
+    if mixed: out.append(error(f"the spots of {', '.join(mixed)} are split at random: most have a neighbour in another fold",
+        "hold out whole slides; a random split reads about 0.2 too high", where))
+    elif several: out += _overlaps(spots, fold, patch_px,
+        where) or [warning(f"{', '.join(several)} are in several folds",
+        "hold out whole slides where there are enough: one slide's stain and tissue are on both sides", where)]
     apart = [p for p, f in pd.Series(fold).groupby(spots.patient.to_numpy()) if f.nunique() > 1] if "patient" in spots else []
-    if apart and not several: out.append(warning(f"sections of patients {', '.join(map(str, apart))} are on both sides of the split", "split=patient; with one patient only, know that the score is for this patient", where))
+    if apart and not several: out.append(warning(f"sections of patients {', '.join(map(str, apart))} are on both sides of the split",
+        "split=patient; with one patient only, know that the score is for this patient", where))
     for k, rows in (chosen or {}).items():
         if (same := np.isin(rows, np.flatnonzero(fold == k)).mean()) > 0: out.append(error(f"fold {k}: {same:.0%} of what its model was chosen on is what it is scored on", "choose on another slide (inner_split), and predict the held-out one once", where))
     return out
 
+# %% ../nbs/05_debug_checks.ipynb #e7061d42
 def _neighbours_apart(spots, fold, name):
     "Share of a slide's spots whose nearest neighbour is in another fold."
     rows = np.flatnonzero(spots.slide.eq(name)); near = cKDTree(spots[["x", "y"]].to_numpy()[rows]).query(spots[["x", "y"]].to_numpy()[rows], k=2)[1][:, 1]
     return float((fold[rows] != fold[rows[near]]).mean())
 
+# %% ../nbs/05_debug_checks.ipynb #ea863b8f
 def _overlaps(spots, fold, patch_px, where):
     "Folds whose patches share pixels with the others'."
     out = []
     for k in np.unique(fold[fold >= 0]): attempt(out, where, check_split, spots[(fold != k) & (fold >= 0)], spots[fold == k], patch_px)
     return out[:1]
 
-# %% ../nbs/05_debug_checks.ipynb #56a5017c
+# %% ../nbs/05_debug_checks.ipynb #e5bbc02a
 def check_optimizer(
     model,           # any module
     optimizer,       # optimizer, or its groups
@@ -548,9 +613,12 @@ def check_optimizer(
     "Parameters that are trained by nobody, twice, or in vain."
     found = check_param_groups(model, optimizer, strict=False)
     first = lambda names: f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
-    out = [error(f"{len(found[k])} trainable parameters are {text} ({first(found[k])})", "build the groups with param_groups(model)", where) for k, text in (("missing", "not in the optimizer: they will never learn"), ("doubled", "in the optimizer twice")) if found[k]]
-    if found["foreign"]: out.append(error(f"{found['foreign']} parameters in the optimizer are not the model's", "make the optimizer after the model, and after moving it", where))
-    if found["frozen"]: out.append(warning(f"{len(found['frozen'])} frozen parameters are in the optimizer ({first(found['frozen'])})", "harmless unless they were to be trained: set requires_grad", where))
+    out = [error(f"{len(found[k])} trainable parameters are {text} ({first(found[k])})", "build the groups with param_groups(model)", where) for k,
+        text in (("missing", "not in the optimizer: they will never learn"), ("doubled", "in the optimizer twice")) if found[k]]
+    if found["foreign"]: out.append(error(f"{found['foreign']} parameters in the optimizer are not the model's",
+        "make the optimizer after the model, and after moving it", where))
+    if found["frozen"]: out.append(warning(f"{len(found['frozen'])} frozen parameters are in the optimizer ({first(found['frozen'])})",
+        "harmless unless they were to be trained: set requires_grad", where))
     if not any(p.requires_grad for p in model.parameters()): out.append(error("no parameter is trainable", "unfreeze the head at least", where))
     return out
 
@@ -564,9 +632,10 @@ def check_norms(
     awake = [n for n, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats
         and list(m.parameters()) and not any(p.requires_grad for p in m.parameters())]
     for m, mode in modes.items(): m.training = mode
-    return [error(f"{len(awake)} frozen batch-norms are in training mode ({', '.join(awake[:3])})", "put them into eval() after each train(), as rest_frozen does", where)] if awake else []
+    return [error(f"{len(awake)} frozen batch-norms are in training mode ({', '.join(awake[:3])})",
+        "put them into eval() after each train(), as rest_frozen does", where)] if awake else []
 
-# %% ../nbs/05_debug_checks.ipynb #5c5749f6
+# %% ../nbs/05_debug_checks.ipynb #9a17e9d1
 def check_loss(
     loss,                # (pred, target) -> scalar
     n_targets: int = 12,
@@ -580,10 +649,13 @@ def check_loss(
     except Exception as e: return [error(f"the loss fails on a table of 6 x {n_targets} ({type(e).__name__}: {str(e).splitlines()[0][:120] if str(e) else ''})", "it takes (spots, types) twice", where)]
     if not np.isfinite(whole): return [error(f"the loss is {whole} on ordinary numbers", "look for a division by zero, or a logarithm of one", where)]
     if abs(whole - rows) > .02 * abs(rows) + 1e-3: out.append(error(f"the loss of 6 spots is {whole:.3f}, but the mean of their losses is {rows:.3f}: it is taken over the batch", "rank within each row (spot), then take the mean", where))
-    if not best < whole: out.append(error(f"the truth itself has loss {best:.3f}, a random answer {whole:.3f}", "check the sign, and the order of the arguments", where))
-    if _takes(loss, p, t[:, :1]): out.append(warning("targets of shape (n, 1) are broadcast against (n, types) without a word", "compare the shapes first", where))
+    if not best < whole: out.append(error(f"the truth itself has loss {best:.3f}, a random answer {whole:.3f}",
+        "check the sign, and the order of the arguments", where))
+    if _takes(loss, p, t[:, :1]): out.append(warning("targets of shape (n, 1) are broadcast against (n, types) without a word", "compare the shapes first",
+        where))
     return out
 
+# %% ../nbs/05_debug_checks.ipynb #f28936bd
 def _takes(loss, *args):
     "Whether a call goes through."
     import warnings
@@ -592,6 +664,7 @@ def _takes(loss, *args):
     except Exception: return False     # refusing is what is hoped for
     return True
 
+# %% ../nbs/05_debug_checks.ipynb #54bc34ff
 def check_training(
     model,           # SpatialCellModel
     optimizer,       # optimizer, or its groups
@@ -606,7 +679,7 @@ def check_training(
     for m, mode in modes.items(): m.training = mode
     return out + ([] if values is None else check_scale(values))
 
-# %% ../nbs/05_debug_checks.ipynb #f0169040
+# %% ../nbs/05_debug_checks.ipynb #fdaf4778
 def check_rule(
     rule,                    # number -> bool
     values=None,             # numbers it will meet; None = -1000 to 1000
@@ -625,15 +698,18 @@ def check_improves(
     "Trainings that chose nothing: a metric that is not a number, or never moved."
     if not len(history) or "metric" not in history: return [error("no epoch was validated", "give the trainer a validation set", where)]
     m = history.metric.to_numpy(float)
-    if not np.isfinite(m).all(): return [error(f"the metric is not a number in {(~np.isfinite(m)).sum()} of {len(m)} epochs", "constant or NaN predictions? A comparison with NaN is never true, so no epoch is kept", where)]
-    if len(m) > 1 and np.ptp(m) == 0: return [error(f"the metric is {m[0]:.4g} in every epoch", "nothing is learnt, or the validation is not run on the model that is trained", where)]
+    if not np.isfinite(m).all(): return [error(f"the metric is not a number in {(~np.isfinite(m)).sum()} of {len(m)} epochs",
+        "constant or NaN predictions? A comparison with NaN is never true, so no epoch is kept", where)]
+    if len(m) > 1 and np.ptp(m) == 0: return [error(f"the metric is {m[0]:.4g} in every epoch",
+        "nothing is learnt, or the validation is not run on the model that is trained", where)]
     out, best = [], int(m.argmax())
     if len(m) > 3 and best == 0: out.append(warning("the first epoch is the best", "lower the learning rate, or freeze more", where))
-    if "loss" in history and len(m) > 2 and history.loss.iloc[-1] >= history.loss.iloc[0]: out.append(warning("the training loss did not fall", "change the learning rate", where))
+    if "loss" in history and len(m) > 2 and history.loss.iloc[-1] >= history.loss.iloc[0]: out.append(warning("the training loss did not fall",
+        "change the learning rate", where))
     if len(m) > 2 and best == len(m) - 1: out.append(note("the last epoch is the best: the metric still rises", "train for more epochs", where))
     return out
 
-# %% ../nbs/05_debug_checks.ipynb #7c2ca1ec
+# %% ../nbs/05_debug_checks.ipynb #011ee885
 def check_predictions(
     values,              # (n, T) predicted abundances
     where: str = "predictions",
@@ -641,15 +717,22 @@ def check_predictions(
     "Constant, missing, negative or z-scored predictions."
     v = np.asarray(values, float)
     if v.ndim != 2 or 0 in v.shape: return [error(f"predictions have shape {v.shape}", "one row a spot, one column a target", where)]
-    if not np.isfinite(v).all(): return [error(f"{(~np.isfinite(v)).any(1).sum()} of {len(v)} rows hold values that are not finite", "predict a number for every spot and target", where)]
+    if not np.isfinite(v).all(): return [error(f"{(~np.isfinite(v)).any(1).sum()} of {len(v)} rows hold values that are not finite",
+        "predict a number for every spot and target", where)]
     out, distinct = [], len(np.unique(v, axis=0))
-    if len(v) > 1 and distinct == 1: out.append(error("all spots have the same prediction", "does the model see the picture? Look at its input and at the loss", where))
-    elif len(v) > 1 and (orders := len(np.unique(rankdata(v, axis=1), axis=0))) == 1: out.append(error("all spots have the same order of targets: a constant, as far as the score sees", "does the model see the picture?", where))
+    if len(v) > 1 and distinct == 1: out.append(error("all spots have the same prediction",
+        "does the model see the picture? Look at its input and at the loss", where))
+    elif len(v) > 1 and (orders := len(np.unique(rankdata(v, axis=1),
+        axis=0))) == 1: out.append(error("all spots have the same order of targets: a constant, as far as the score sees", "does the model see the picture?",
+        where))
     elif len(v) > 20 and distinct < .5 * len(v): out.append(warning(f"only {distinct} of {len(v)} rows differ", "are patches, or features, repeated?", where))
     elif len(v) > 1: out.append(note(f"{distinct} of {len(v)} rows differ, in {orders} orders of targets", where=where))
-    if v.shape[1] > 1 and (flat := (np.ptp(v, axis=1) == 0).sum()): out.append(error(f"{flat} rows are constant: they have no order, and score 0", "look at the output layer", where))
-    if looks_standardised(v): out.append(error("every column is centred at zero: z-scores", "invert the scaling (TargetTransform.inverse): without it the order within a spot is another", where))
-    elif (v < 0).any(): out.append(warning(f"{(v < 0).mean():.0%} of the values are negative, which abundances are not", "only the order counts; but is this the scale of the file?", where))
+    if v.shape[1] > 1 and (flat := (np.ptp(v, axis=1) == 0).sum()): out.append(error(f"{flat} rows are constant: they have no order, and score 0",
+        "look at the output layer", where))
+    if looks_standardised(v): out.append(error("every column is centred at zero: z-scores",
+        "invert the scaling (TargetTransform.inverse): without it the order within a spot is another", where))
+    elif (v < 0).any(): out.append(warning(f"{(v < 0).mean():.0%} of the values are negative, which abundances are not",
+        "only the order counts; but is this the scale of the file?", where))
     return out
 
 def looks_standardised(
@@ -660,7 +743,7 @@ def looks_standardised(
     mean, std = v.mean(0), v.std(0)
     return bool((std > 0).all() and (np.abs(mean) < .6 * std).mean() > .9 and np.abs(mean).mean() < .25 and std.max() < 10 * np.median(std) and .05 < np.median(std) < 2)
 
-# %% ../nbs/05_debug_checks.ipynb #c775536a
+# %% ../nbs/05_debug_checks.ipynb #368fda36
 def check_smoothing(
     fn,                  # (values (n, T), table with slide, x, y) -> (n, T)
     where: str = "smoothing",
@@ -670,7 +753,8 @@ def check_smoothing(
     spots = pd.DataFrame(dict(slide=np.repeat(["a", "b"], 72), x=np.concatenate([i, i + 9]) * 26 + np.tile(j % 2 * 13, 2), y=np.tile(j * 22.5, 2)))
     flat = np.asarray(fn(np.ones((144, 2)), spots)); out = []
     if flat.shape != (144, 2): return [error(f"144 rows go in and {flat.shape} come out", "one row a spot, in the same order", where)]
-    if np.abs(flat - 1).max() > 1e-6: out.append(error(f"a constant of 1 becomes {flat.min():.2f} to {flat.max():.2f}", "divide by the sum of the weights of the neighbours that are there", where))
+    if np.abs(flat - 1).max() > 1e-6: out.append(error(f"a constant of 1 becomes {flat.min():.2f} to {flat.max():.2f}",
+        "divide by the sum of the weights of the neighbours that are there", where))
     lit = np.zeros((144, 2)); lit[:72] = 1
     leak = np.asarray(fn(lit, spots))[72:]
     if np.abs(leak).max() > 1e-6 and not out: out.append(error("one slide's predictions change another's", "smooth each slide for itself", where))
@@ -689,7 +773,7 @@ def check_submission_file(
     targets = [c for c in factory.targets if c in table]
     return out + (check_predictions(table[targets].to_numpy(float), where) if targets and all(table[c].dtype.kind in "iuf" for c in targets) else [])
 
-# %% ../nbs/05_debug_checks.ipynb #f9e15869
+# %% ../nbs/05_debug_checks.ipynb #b528a4e2
 def run_slides(
     run, factory,        # run folder, DataFactory of the original file
 )->list:
@@ -700,7 +784,8 @@ def run_slides(
     if made is None: return out
     for n, s in factory.slides.items():
         m = made.slides.get(n)
-        if m is None or (m.height, m.width, m.n_spots) != (s.height, s.width, s.n_spots): out.append(error(f"{n} is not the slide of the data file", "run the stages again with --force", "slides.h5"))
+        if m is None or (m.height, m.width, m.n_spots) != (s.height, s.width,
+            s.n_spots): out.append(error(f"{n} is not the slide of the data file", "run the stages again with --force", "slides.h5"))
     out += [f for f in check_file(run/"slides.h5") if f.level == "error"]
     for n, r in (read_json(run/"stain.json")["slides"] if (run/"stain.json").exists() else {}).items():
         if not r.get("ok", True): out.append(warning(f"its stain could not be measured: {r.get('reason', '')}", "look at the slide; it was left as it is", n))
@@ -717,7 +802,7 @@ def fold_folders(run)->dict:
     "Fold -> its folder, for the folds that have been trained."
     return {int(f.parent.name): f.parent for f in sorted((run/"folds").glob("*/config.json")) if f.parent.name.isdigit()}
 
-# %% ../nbs/05_debug_checks.ipynb #cfa98f68
+# %% ../nbs/05_debug_checks.ipynb #9bb91bda
 def run_split(
     run, spots,          # run folder, training spots with fold
     patch_px: float,     # widest patch
@@ -733,15 +818,18 @@ def run_training(
     out, folders = [], fold_folders(run)
     described = read_json(run/"model.json") if (run/"model.json").exists() else {}
     if described.get("loss"): out += check_loss(Loss(described["loss"]))
-    if folders and set(folders) != set(spots.fold): out.append(error(f"models of folds {sorted(folders)}, spots of folds {sorted(set(spots.fold.tolist()))}", "run 03_train again", "folds"))
+    if folders and set(folders) != set(spots.fold): out.append(error(f"models of folds {sorted(folders)}, spots of folds {sorted(set(spots.fold.tolist()))}",
+        "run 03_train again", "folds"))
     for k, folder in folders.items():
         model = attempt(out, f"folds/{k}", load_model, folder)
-        if model is not None: out += [Finding(f.level, f.what, f.mend, f"folds/{k} {f.where}") for f in check_optimizer(model, param_groups(model)) + check_norms(model) if any(p.requires_grad for p in model.parameters())]
-        if model is not None and not all(p.isfinite().all() for p in model.parameters()): out.append(error("the weights are not finite", "lower the learning rate and train again", f"folds/{k}"))
+        if model is not None: out += [Finding(f.level, f.what, f.mend, f"folds/{k} {f.where}") for f in check_optimizer(model,
+            param_groups(model)) + check_norms(model) if any(p.requires_grad for p in model.parameters())]
+        if model is not None and not all(p.isfinite().all() for p in model.parameters()): out.append(error("the weights are not finite",
+            "lower the learning rate and train again", f"folds/{k}"))
         if (folder/"history.csv").exists(): out += check_improves(pd.read_csv(folder/"history.csv"), f"folds/{k}")
     return out
 
-# %% ../nbs/05_debug_checks.ipynb #efdb34f9
+# %% ../nbs/05_debug_checks.ipynb #7094ea53
 def run_predictions(
     run, factory,
 )->list:
@@ -761,11 +849,12 @@ def check_ladder(
     constant = max((v for n, v in score.items() if n.startswith("constant")), default=None)
     model, oracle = score.get("this model"), score.get("neighbour labels (oracle)")
     if model is None or constant is None: return []
-    if model <= constant: return [warning(f"the model scores {model:.3f}, the best constant {constant:.3f}", "it adds nothing yet: train longer, another learning rate, a better encoder", where)]
+    if model <= constant: return [warning(f"the model scores {model:.3f}, the best constant {constant:.3f}",
+        "it adds nothing yet: train longer, another learning rate, a better encoder", where)]
     if oracle is not None and model > oracle + .02: return [warning(f"the model scores {model:.3f}, more than the true labels of a spot's neighbours ({oracle:.3f})", "look for a leak before rejoicing", where)]
     return []
 
-# %% ../nbs/05_debug_checks.ipynb #26669de4
+# %% ../nbs/05_debug_checks.ipynb #0e7f0cd6
 def run_dataset(
     run, factory, spots,     # factory of the slides that models see
 )->HESpotDataset:            # training spots, without augmentation
@@ -786,10 +875,11 @@ def check_run(
     if any(f.level == "error" for f in rooms["slides"]): return rooms, None
     seen = DataFactory(run/"slides.h5") if (run/"slides.h5").exists() else factory
     dataset = run_dataset(run, seen, spots)
-    rooms |= dict(patches=check_dataset(dataset), split=run_split(run, spots, max(dataset.patch_px.values())), training=run_training(run, spots), predictions=run_predictions(run, factory))
+    rooms |= dict(patches=check_dataset(dataset), split=run_split(run, spots, max(dataset.patch_px.values())), training=run_training(run, spots),
+        predictions=run_predictions(run, factory))
     return rooms, dataset
 
-# %% ../nbs/05_debug_checks.ipynb #eda8b249
+# %% ../nbs/05_debug_checks.ipynb #76d8e296
 COLOURS = dict(error="C3", warning="C1", note=".7")
 
 def show_checks(
@@ -814,7 +904,8 @@ def show_checks(
     for level in LEVELS:
         count = np.array([sum(f.level == level for f in rooms[r]) for r in names])
         ax.barh(names, count, left=start, color=COLOURS[level], label=level + "s"); start += count
-    ax.invert_yaxis(); ax.set_xlabel("findings"); ax.set_title("Findings in each room", fontsize=9); ax.legend(fontsize=7); ax.set_xlim(0, max(start.max(), 1) * 1.1)
+    ax.invert_yaxis(); ax.set_xlabel("findings"); ax.set_title("Findings in each room", fontsize=9); ax.legend(fontsize=7); ax.set_xlim(0,
+        max(start.max(), 1) * 1.1)
     return fig
 
 # %% ../nbs/05_debug_checks.ipynb #4284be44

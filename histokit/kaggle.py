@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['HEAD', 'ONLINE', 'OFFLINE', 'SETTINGS', 'FOLDERS', 'UNPACK', 'IMPORT', 'LOOK', 'RUN', 'LADDER', 'ENGINES', 'FIGURES',
            'SUBMIT', 'KEYS', 'SOURCES', 'LIMIT', 'upload_text', 'needed_modules', 'without_outputs', 'cargo',
-           'cargo_hash', 'pack', 'unpack', 'find_mounted', 'holds_slides', 'cell', 'text', 'file_cell',
-           'needs_internet', 'kernel_notebook', 'kernel_slug', 'kernel_metadata', 'build_kernel', 'check_name',
-           'check_machine', 'check_sources', 'read_notebook', 'check_notebook', 'carried', 'check_code', 'check_kernel']
+           'cargo_hash', 'pack', 'unpack', 'find_mounted', 'holds_slides', 'cell', 'prose', 'file_cell',
+           'needs_internet', 'settings_cells', 'cargo_cells', 'run_cells', 'kernel_notebook', 'kernel_slug',
+           'kernel_metadata', 'build_kernel', 'check_name', 'check_machine', 'check_sources', 'read_notebook',
+           'check_notebook', 'carried', 'check_code', 'check_kernel', 'check_kernels']
 
-# %% ../nbs/07_kaggle.ipynb #fbba4711
+# %% ../nbs/07_kaggle.ipynb #a294f11c
 import base64, glob, hashlib, inspect, json, lzma, os, re, shlex
+from itertools import zip_longest
 from pathlib import Path
 
 import h5py
@@ -28,14 +30,15 @@ def upload_text(
     cells = [{**c, "source": "".join(c["source"])} | (dict(outputs=[]) if "outputs" in c else {}) for c in notebook["cells"]]
     return json.dumps({**notebook, "cells": cells})
 
-# %% ../nbs/07_kaggle.ipynb #2d35b018
+# %% ../nbs/07_kaggle.ipynb #0d2dd2bc
 def needed_modules(
     texts,               # sources that import from histokit
+    without=("kaggle",), # what the command line imports, and the kernel never runs
 )->list:                 # names, sorted
     "The modules of histokit that the sources import, directly or through one another."
     home, todo, found = Path(histokit.__file__).parent, list(texts), {"__init__"}
     while todo:
-        names = {m for m in re.findall(r"\bhistokit\.(\w+) import|\bimport histokit\.(\w+)", todo.pop()) for m in m if m} - found
+        names = {m for m in re.findall(r"\bhistokit\.(\w+) import|\bimport histokit\.(\w+)", todo.pop()) for m in m if m} - found - {*without}
         todo += [(home/f"{m}.py").read_text(encoding="utf-8") for m in sorted(names)]; found |= names
     return sorted(found)
 
@@ -97,7 +100,7 @@ def holds_slides(path)->bool:
     if not h5py.is_hdf5(path): return False
     with h5py.File(path) as f: return {"images", "spots"} <= set(f)
 
-# %% ../nbs/07_kaggle.ipynb #3a97778e
+# %% ../nbs/07_kaggle.ipynb #040cb0b1
 def cell(
     source: str,         # Markdown or code
     kind: str = "code",  # code or markdown
@@ -107,9 +110,10 @@ def cell(
     "A notebook cell."
     extra = dict(execution_count=None, outputs=[]) if kind == "code" else {}
     metadata = ({"_kg_hide-input": True, "jupyter": dict(source_hidden=True)} if hidden else {}) | (dict(tags=list(tags)) if tags else {})
-    return dict(cell_type=kind, id=hashlib.sha256(source.encode()).hexdigest()[:8], metadata=metadata, source=source.strip("\n").splitlines(keepends=True), **extra)
+    name = hashlib.sha256(source.encode()).hexdigest()[:8]
+    return dict(cell_type=kind, id=name, metadata=metadata, source=source.strip("\n").splitlines(keepends=True), **extra)
 
-def text(source: str)->dict:
+def prose(source: str)->dict:
     "A Markdown cell."
     return cell(source, "markdown")
 
@@ -117,7 +121,7 @@ def file_cell(name: str, source: str, hidden: bool = True)->dict:
     "A cell that writes a file of the cargo."
     return cell(f"%%writefile {{code}}/{name}\n{source}", hidden=hidden)
 
-# %% ../nbs/07_kaggle.ipynb #63931412
+# %% ../nbs/07_kaggle.ipynb #12612020
 HEAD = '''
 # {title}
 
@@ -131,15 +135,15 @@ ONLINE = "needs the internet once, for the pretrained weights of its backbone"
 OFFLINE = "needs no internet"
 
 SETTINGS = '''
-recipe: str = {recipe!r}      # what runs; {known} are here too
-overrides: str = {overrides!r}      # more parameters, "name=value name=value"
-weights: str = {weights!r}      # of the backbone: "" = as the recipe says, none, or the name of a file below input/
-data_path: str = {data_path!r}      # the HDF5; "" = the only one below input/ that holds slides
-kaggle_root: str = "/kaggle"      # input/ and working/ lie here
-out_dir: str = ""      # the run folder; "" = working/run
+recipe: str = {recipe!r}    # what runs; {known} are here too
+overrides: str = {overrides!r}    # more parameters, each its name, an equals sign and its value, with spaces between them
+weights: str = {weights!r}    # of the backbone; empty for what the recipe says, none, or the name of a file below input
+data_path: str = {data_path!r}    # the HDF5; empty for the only one below input that holds slides
+kaggle_root: str = "/kaggle"    # input and working lie here
+out_dir: str = ""    # the run folder; empty for run, below working
 '''
 
-# %% ../nbs/07_kaggle.ipynb #c366b86a
+# %% ../nbs/07_kaggle.ipynb #56f8acf1
 FOLDERS = '''
 from pathlib import Path
 
@@ -162,13 +166,15 @@ sys.path.insert(0, str(code))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
 import histokit
 
-if Path(histokit.__file__).resolve().parent != (code/"histokit").resolve(): raise RuntimeError(f"{histokit.__file__} was imported, not the package written above; restart the session")
+if Path(histokit.__file__).resolve().parent != (code/"histokit").resolve():
+    raise RuntimeError(f"{histokit.__file__} was imported, not the package written above; restart the session")
 histokit.__version__, histokit.__file__
 '''
 
-# %% ../nbs/07_kaggle.ipynb #d7b3c917
+# %% ../nbs/07_kaggle.ipynb #7de13b4c
 LOOK = '''
-import glob
+import glob, os
+from pathlib import Path
 
 import h5py
 from histokit.core import BadInput, atomic, pick_device, read_json
@@ -190,7 +196,8 @@ run = run_pipeline(recipe, settings, out_dir or working/"run")
 LADDER = "print(report(run))"
 ENGINES = '''
 facts = read_json(run/"run.json")
-dict(stain=read_json(run/"stain.json")["engine"], loss=read_json(run/"model.json")["engine"], device=facts["device"], seconds={s: v["seconds"] for s, v in facts["stages"].items()}, **facts["versions"])
+engines = {part: read_json(run/f"{part}.json")["engine"] for part in ("stain", "model")}
+dict(engines=engines, device=facts["device"], seconds={s: v["seconds"] for s, v in facts["stages"].items()}, **facts["versions"])
 '''
 FIGURES = '''
 from IPython.display import Image, display
@@ -209,13 +216,45 @@ with atomic(working/"submission.csv") as tmp: shutil.copyfile(run/"submission.cs
 answer.head()
 '''
 
-# %% ../nbs/07_kaggle.ipynb #a9e414e5
+# %% ../nbs/07_kaggle.ipynb #2e1ef3cf
 def needs_internet(
     recipe: str, weights: str,    # as they were given to `build_kernel`
 )->bool:
     "Whether the kernel must fetch its backbone's weights."
     return not (weights or read_recipe(find_recipe(recipe)).get("weights", ""))
 
+def settings_cells(
+    recipe: str, title: str, overrides: str, weights: str,    # as `kernel_notebook` takes them
+    files: dict,                  # the cargo
+)->list:
+    "The kernel's head: what it is, and what can be set."
+    path, known = find_recipe(recipe), sorted(Path(p).stem for p in files if p.startswith("params/"))
+    data = "demo" if read_recipe(path).get("data_path") == "demo" else ""
+    internet = ONLINE if needs_internet(recipe, weights) else OFFLINE
+    head = HEAD.format(title=title, recipe=path.stem, version=histokit.__version__, code=cargo_hash(files), internet=internet)
+    settings = SETTINGS.format(recipe=path.stem, known=", ".join(k for k in known if k != path.stem), overrides=overrides, weights=weights, data_path=data)
+    return [prose(head), prose("## Settings"), cell(settings, tags=["parameters"]), cell(FOLDERS)]
+
+def cargo_cells(
+    files: dict, chosen: str,     # the cargo; the name of the recipe that is shown unfolded
+)->list:
+    "The cells that write the cargo to disk and import it."
+    part = lambda folder: {p: s for p, s in files.items() if p.startswith(folder)}
+    recipes = sorted(part("params/").items(), key=lambda f: Path(f[0]).stem != chosen)
+    return [prose("## The recipe\n\nEach line is a parameter of the stages; a fork can change it here, or in `overrides` above."),
+        *(file_cell(p, s, hidden=Path(p).stem != chosen) for p, s in recipes),
+        prose("## The package\n\nEach module is a cell; unfold it to read or change it."), *(file_cell(p, s) for p, s in part("histokit/").items()),
+        prose("## The stages\n\nSix notebooks, packed; the run leaves them executed beside its results."),
+        cell(UNPACK.format(packed=pack(part("nbs/"))), hidden=True), cell(IMPORT)]
+
+def run_cells()->list:
+    "The cells that find the data, run, show what came of it and submit."
+    look = LOOK.format(functions="\n\n".join(inspect.getsource(f).strip() for f in (find_mounted, holds_slides)))
+    return [prose("## The data"), cell(look), prose("## The run"), cell(RUN),
+        prose("## What came of it\n\nA score says something beside the constants; so here is the whole ladder:"), cell(LADDER),
+        prose("What ran, and on what:"), cell(ENGINES), cell(FIGURES), prose("## The submission"), cell(SUBMIT)]
+
+# %% ../nbs/07_kaggle.ipynb #05719cd4
 def kernel_notebook(
     recipe: str = "resnet18",     # path or name of a recipe
     title: str = "histokit train submit",
@@ -223,22 +262,13 @@ def kernel_notebook(
     weights: str = "",            # "" = as the recipe says, none, or the name of a mounted file
 )->dict:
     "The kernel's notebook, with everything it carries."
-    files, stem = cargo(recipe), find_recipe(recipe).stem
-    known = ", ".join(sorted(Path(p).stem for p in files if p.startswith("params/") and Path(p).stem != stem))
-    settings = SETTINGS.format(recipe=stem, known=known, overrides=overrides, weights=weights, data_path="demo" if read_recipe(find_recipe(recipe)).get("data_path") == "demo" else "")
-    head = HEAD.format(title=title, recipe=stem, version=histokit.__version__, code=cargo_hash(files), internet=ONLINE if needs_internet(recipe, weights) else OFFLINE)
-    modules = [file_cell(p, s) for p, s in files.items() if p.startswith("histokit/")]
-    recipes = [file_cell(p, s, hidden=Path(p).stem != stem) for p, s in sorted(files.items(), key=lambda f: Path(f[0]).stem != stem) if p.startswith("params/")]
-    look = LOOK.format(functions="\n\n".join(inspect.getsource(f).strip() for f in (find_mounted, holds_slides)))
-    cells = [text(head), text("## Settings"), cell(settings, tags=["parameters"]), cell(FOLDERS), text("## The recipe\n\nEach line is a parameter of the stages; a fork can change it here or in `overrides` above."), *recipes,
-        text("## The package\n\nEach module is a cell; unfold it to read or change it."), *modules, text("## The stages\n\nSix notebooks, packed; the run leaves them executed beside its results."),
-        cell(UNPACK.format(packed=pack({p: s for p, s in files.items() if p.startswith("nbs/")})), hidden=True), cell(IMPORT), text("## The data"), cell(look), text("## The run"), cell(RUN),
-        text("## What came of it\n\nA score means something beside the constants; so here is the whole ladder."), cell(LADDER), text("What ran, and on what:"), cell(ENGINES), cell(FIGURES), text("## The submission"), cell(SUBMIT)]
+    files, built = cargo(recipe), dict(recipe=recipe, title=title, overrides=overrides, weights=weights)
+    cells = [*settings_cells(**built, files=files), *cargo_cells(files, find_recipe(recipe).stem), *run_cells()]
     kernelspec = dict(display_name="Python 3", language="python", name="python3")
-    built = dict(recipe=recipe, title=title, overrides=overrides, weights=weights)
-    return dict(cells=cells, metadata=dict(kernelspec=kernelspec, language_info=dict(name="python"), histokit=dict(code=cargo_hash(files), **built)), nbformat=4, nbformat_minor=5)
+    metadata = dict(kernelspec=kernelspec, language_info=dict(name="python"), histokit=dict(code=cargo_hash(files), **built))
+    return dict(cells=cells, metadata=metadata, nbformat=4, nbformat_minor=5)
 
-# %% ../nbs/07_kaggle.ipynb #14c92b52
+# %% ../nbs/07_kaggle.ipynb #cf9e2702
 KEYS = ("id", "id_no", "title", "code_file", "language", "kernel_type", "is_private", "enable_gpu", "enable_tpu", "enable_internet", "machine_shape",
     "dataset_sources", "competition_sources", "kernel_sources", "model_sources", "keywords", "docker_image", "docker_image_pinning_type")
 
@@ -256,10 +286,12 @@ def kernel_metadata(
 )->dict:
     "What `kernel-metadata.json` says."
     slug, owner = kernel_slug(title), username or os.environ.get("KAGGLE_USERNAME") or "INSERT_USERNAME"
-    return dict(id=f"{owner}/{slug}", title=title, code_file=f"{slug}.ipynb", language="python", kernel_type="notebook", is_private=True, enable_gpu=True, enable_tpu=False, enable_internet=internet,
-        machine_shape="NvidiaTeslaT4", dataset_sources=list(datasets), competition_sources=[competition] if competition else [], kernel_sources=[], model_sources=list(models))
+    return dict(id=f"{owner}/{slug}", title=title, code_file=f"{slug}.ipynb", language="python", kernel_type="notebook",
+        is_private=True, enable_gpu=True, enable_tpu=False, enable_internet=internet, machine_shape="NvidiaTeslaT4",
+        dataset_sources=list(datasets), competition_sources=[competition] if competition else [],
+        kernel_sources=[], model_sources=list(models))
 
-# %% ../nbs/07_kaggle.ipynb #84674db2
+# %% ../nbs/07_kaggle.ipynb #f2bcbc8a
 def build_kernel(
     folder,                       # the kernels' folder; the kernel gets one of its own in it, named by its slug
     recipe: str = "resnet18",     # path or name of a recipe
@@ -274,26 +306,29 @@ def build_kernel(
     chosen = resolve(read_recipe(find_recipe(recipe)), overrides)
     taken = [o for o in overrides if re.match(r"\s*(data_path|run_dir|weights)\s*=", o)]
     if taken: raise BadInput(f"{taken[0]} names a path of this machine; the kernel finds its data itself, and weights has a setting of its own")
-    if not weights and chosen["weights"] not in ("", "none"): raise BadInput(f"recipe {recipe} takes its weights from {chosen['weights']}, which Kaggle does not have; put it into a dataset and give weights and datasets")
+    if not weights and chosen["weights"] not in ("", "none"):
+        raise BadInput(f"recipe {recipe} takes its weights from {chosen['weights']}, which Kaggle does not have; put it into a dataset and give weights and datasets")
     notebook = kernel_notebook(recipe, title, shlex.join(overrides), weights)
     home = make_dir(Path(folder)/kernel_slug(title))
     with atomic(home/f"{home.name}.ipynb") as tmp: tmp.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     write_json(home/"kernel-metadata.json", kernel_metadata(title, username, needs_internet(recipe, weights), competition, datasets, models))
     return home
 
-# %% ../nbs/07_kaggle.ipynb #0470483a
+# %% ../nbs/07_kaggle.ipynb #1c6286b4
 def check_name(meta: dict):
     "Findings about who and what the kernel is."
     owner, _, slug = str(meta.get("id", "")).partition("/")
     title = str(meta.get("title", ""))
-    if owner in ("", "INSERT_USERNAME") or not slug: yield error(f"id is '{meta.get('id', '')}'", "write username/slug: build with --username NAME, or set KAGGLE_USERNAME")
+    if owner in ("", "INSERT_USERNAME") or not slug:
+        yield error(f"id is '{meta.get('id', '')}'", "write username/slug: build with --username NAME, or set KAGGLE_USERNAME")
     if not 5 <= len(title) <= 50: yield error(f"the title has {len(title)} characters", "use 5 to 50")
-    if re.search(r"[^A-Za-z0-9 -]", title): yield warning(f"title '{title}' has characters whose place in the address is hard to foretell", "use letters, digits, spaces and hyphens")
+    if re.search(r"[^A-Za-z0-9 -]", title):
+        yield warning(f"title '{title}' has characters whose place in the address is hard to foretell", "use letters, digits, spaces and hyphens")
     if slug and slug != kernel_slug(title): yield error(f"the title makes the address '{kernel_slug(title)}', but id says '{slug}'", "make them agree")
     for key in sorted(set(meta) - set(KEYS)): yield error(f"unknown key '{key}', which Kaggle ignores{did_you_mean(key, KEYS)}", "correct or remove it")
     if meta.get("id_no"): yield warning("id_no is given, and is preferred to id", "remove it")
 
-# %% ../nbs/07_kaggle.ipynb #b9fa2667
+# %% ../nbs/07_kaggle.ipynb #c5e64a0d
 def check_machine(
     meta: dict, fetches: bool,    # whether the notebook must fetch weights
 ):
@@ -303,11 +338,13 @@ def check_machine(
         elif type(meta[key]) is not bool: yield error(f"{key} is {meta[key]!r}", "write true or false, without quotes")
     if meta.get("is_private") is False: yield warning("the kernel would be public", "set is_private to true, unless that is meant")
     if meta.get("enable_gpu") is False or meta.get("machine_shape") != "NvidiaTeslaT4":
-        yield warning(f"enable_gpu is {meta.get('enable_gpu')} and machine_shape {meta.get('machine_shape') or 'not given'}".lower(), "set true and NvidiaTeslaT4; another card may be too old for PyTorch")
-    if fetches and meta.get("enable_internet") is False: yield error("the weights come from the hub, and enable_internet is false", "set it to true, or build with --weights none or with a mounted file")
+        shape = meta.get("machine_shape") or "not given"
+        yield warning(f"enable_gpu is {str(meta.get('enable_gpu')).lower()} and machine_shape {shape}", "set true and NvidiaTeslaT4; another card may be too old for PyTorch")
+    if fetches and meta.get("enable_internet") is False:
+        yield error("the weights come from the hub, and enable_internet is false", "set it to true, or build with --weights none or with a mounted file")
     if not fetches and meta.get("enable_internet") is True: yield warning("enable_internet is true, and nothing needs it", "set it to false")
 
-# %% ../nbs/07_kaggle.ipynb #d87814d9
+# %% ../nbs/07_kaggle.ipynb #e6a7df70
 SOURCES = dict(competition_sources=("[^/]+", "slug"), dataset_sources=("[^/]+/[^/]+(/[0-9]+)?", "owner/slug"), kernel_sources=("[^/]+/[^/]+(/[0-9]+)?", "owner/slug"),
     model_sources=("([^/]+/){4}[0-9]+", "owner/model/framework/variation/version"))
 
@@ -321,10 +358,12 @@ def check_sources(
         if not isinstance(values, list): yield error(f"{key} is {values!r}", "write a list"); continue
         for v in values:
             if not re.fullmatch(form, str(v)): yield error(f"'{v}' in {key}", f"write {shown}")
-    if competition not in (meta.get("competition_sources") or []): yield error(f"{competition} is not among competition_sources", "add it, and accept its rules on the competition's page")
-    if weights not in ("", "none") and not (meta.get("dataset_sources") or meta.get("model_sources")): yield error(f"weights '{weights}' are in no input", "build with --dataset OWNER/SLUG")
+    if competition not in (meta.get("competition_sources") or []):
+        yield error(f"{competition} is not among competition_sources", "add it, and accept its rules on the competition's page")
+    if weights not in ("", "none") and not (meta.get("dataset_sources") or meta.get("model_sources")):
+        yield error(f"weights '{weights}' are in no input", "build with --dataset OWNER/SLUG")
 
-# %% ../nbs/07_kaggle.ipynb #a38a38ce
+# %% ../nbs/07_kaggle.ipynb #f1d9d576
 LIMIT = 1_000_000        # bytes, as sent
 
 def read_notebook(path)->dict:
@@ -334,7 +373,8 @@ def read_notebook(path)->dict:
         notebook = json.loads(Path(path).read_text(encoding="utf-8"))
         nbformat.validate(nbformat.from_dict(notebook))
     except FileNotFoundError: raise BadInput(f"{path} does not exist") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, nbformat.ValidationError) as e: raise BadInput(f"{path} is not a notebook: {str(e).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, nbformat.ValidationError) as e:
+        raise BadInput(f"{path} is not a notebook: {str(e).splitlines()[0]}") from None
     return notebook
 
 def check_notebook(
@@ -344,13 +384,14 @@ def check_notebook(
     for key, value in dict(language="python", kernel_type="notebook").items():
         if meta.get(key) != value: yield error(f"{key} is {meta.get(key)!r}", f"write {value}")
     spec = notebook["metadata"].get("kernelspec", {})
-    if spec.get("name") != "python3" or spec.get("language") != "python": yield error(f"the notebook's kernelspec is {spec or 'missing'}", "write name python3 and language python")
+    if spec.get("name") != "python3" or spec.get("language") != "python":
+        yield error(f"the notebook's kernelspec is {spec or 'missing'}", "write name python3 and language python")
     if not any("parameters" in c["metadata"].get("tags", []) for c in notebook["cells"]): yield error("no cell has the tag 'parameters'", "build it again")
     size = len(upload_text(notebook).encode())
     if size >= LIMIT: yield error(f"{size} bytes would be sent, and Kaggle takes less than {LIMIT}", "carry less")
     elif size > .8 * LIMIT: yield note(f"{size / 1e3:.0f} kB of at most {LIMIT / 1e3:.0f} would be sent")
 
-# %% ../nbs/07_kaggle.ipynb #d66deafd
+# %% ../nbs/07_kaggle.ipynb #971620f2
 def carried(
     notebook: dict,
 )->dict:                 # relative path -> text
@@ -367,12 +408,14 @@ def check_code(notebook: dict):
     if not built.pop("code", None): yield warning("histokit did not build this notebook, so its code cannot be compared"); return
     has, now = carried(notebook), cargo(built["recipe"])
     stale = sorted(n for n in has.keys() | now.keys() if has.get(n, "").rstrip("\n") != now.get(n, "").rstrip("\n"))
-    if stale: yield error(f"{len(stale)} of its files are not those here ({', '.join(stale[:3])}{', …' if len(stale) > 3 else ''})", "run: histokit kernels build"); return
+    if stale:
+        yield error(f"{len(stale)} of its files are not those here ({', '.join(stale[:3])}{', …' if len(stale) > 3 else ''})", "run: histokit kernels build")
+        return
     own = lambda nb: [(c["cell_type"], "".join(c["source"])) for c in nb["cells"] if "packed = " not in "".join(c["source"])[:60]]
-    changed = [i for i, (a, b) in enumerate(zip(own(notebook), own(kernel_notebook(**built)))) if a != b]
-    if changed or len(notebook["cells"]) != len(kernel_notebook(**built)["cells"]): yield error(f"it was edited after it was built, at cell {changed[0] if changed else 'the end'}", "run: histokit kernels build")
+    changed = [i for i, (a, b) in enumerate(zip_longest(own(notebook), own(kernel_notebook(**built)))) if a != b]
+    if changed: yield error(f"it was edited after it was built, at cell {changed[0]}", "run: histokit kernels build")
 
-# %% ../nbs/07_kaggle.ipynb #067f4a53
+# %% ../nbs/07_kaggle.ipynb #c28eb728
 def check_kernel(
     folder,              # holds kernel-metadata.json
     competition: str = "el-hackathon-2025",
@@ -387,4 +430,14 @@ def check_kernel(
     built = notebook["metadata"].get("histokit", {})
     weights = built.get("weights", "")
     fetches = needs_internet(built["recipe"], weights) if built else bool(meta.get("enable_internet"))
-    return [*check_name(meta), *check_machine(meta, fetches), *check_sources(meta, weights, competition), *check_notebook(meta, notebook), *check_code(notebook)]
+    return [*check_name(meta), *check_machine(meta, fetches), *check_sources(meta, weights, competition),
+        *check_notebook(meta, notebook), *check_code(notebook)]
+
+# %% ../nbs/07_kaggle.ipynb #e69195ed
+def check_kernels(
+    folder,              # a kernel's folder, or one that holds such folders
+)->dict:                 # kernel's name -> findings
+    "What `check_kernel` says of every kernel in the folder."
+    homes = [p.parent for p in sorted([*Path(folder).glob("kernel-metadata.json"), *Path(folder).glob("*/kernel-metadata.json")])]
+    if not homes: raise BadInput(f"{folder} holds no kernel; run: histokit kernels build")
+    return {home.resolve().name: check_kernel(home) for home in homes}

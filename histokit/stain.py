@@ -6,13 +6,14 @@
 __all__ = ['KINDS', 'RUIFROK', 'METHODS', 'LIMITS', 'ENGINES', 'as_uint8', 'as_rgb', 'rgb_to_od', 'tiles', 'thin_out',
            'white_point', 'pixel_kinds', 'tissue_mask', 'macenko_vectors', 'degrees_between', 'concentrations',
            'vahadane_vectors', 'plot_vectors', 'judge', 'tissue_pixels', 'learn_vectors', 'measure', 'rgb_to_lab',
-           'lab_to_rgb', 'PaintPlan', 'paint_plan', 'repaint', 'colour_transfer', 'luminosity_level',
+           'lab_to_rgb', 'PaintPlan', 'paint_plan', 'repaint_tensor', 'repaint', 'colour_transfer', 'luminosity_level',
            'standardise_luminosity', 'already_like', 'StainNormalizer', 'normalise_dataset', 'slide_paths',
            'fit_reference', 'normalise_file', 'read_picture', 'write_picture', 'stain_image_file', 'colour_difference',
            'structure_kept', 'batch_concentrations', 'StainJitter', 'RandomReference', 'compare_slides', 'plot_slides']
 
-# %% ../nbs/01_stain.ipynb #4d4d77dc
+# %% ../nbs/01_stain.ipynb #5b7314b4
 import inspect, json, math, re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -228,38 +229,41 @@ def plot_vectors(
     ax.set(xlabel="share of red", ylabel="share of blue"); ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/01_stain.ipynb #1c7cba6c
+# %% ../nbs/01_stain.ipynb #4156d184
 METHODS = ("vahadane", "macenko", "ruifrok", "reinhard", "modified-reinhard")
-LIMITS = dict(min_share=.005, min_pixels=100, min_angle=2.5, min_weak=.01, max_residual=.2)   # what an estimate must reach to be used
+LIMITS = dict(min_share=.005, min_pixels=100, min_angle=2.5, min_weak=.01, max_off_plane=.12)   # what an estimate must reach to be used
 
 def judge(
     report: dict, # the figures of `measure`
 )->str:           # "" when they hold, or what is wrong
     "Why an estimate cannot be trusted."
-    v, f = np.asarray(report["stain_matrix"]), report
+    v, f = np.asarray(report["dictionary"]), report
     if f["angle"] < LIMITS["min_angle"]: return f"one stain only: the two vectors are {f['angle']:.1f} degrees apart"
     if f["weak_share"] < LIMITS["min_weak"]: return f"one stain only: the weaker one carries {f['weak_share']:.2%} of the dye"
     if (v[:, 2] > .95 * v[:, 1]).any(): return "not H&E: a dye absorbs blue as much as green, as brown chromogens (DAB) do"
     if (v[:, 0] > 1.8 * v[:, 1]).any(): return "not H&E: a dye absorbs red much more than green, as blue and green inks do"
-    if f["residual"] > LIMITS["max_residual"]: return f"not two dyes: {f['residual']:.0%} of the optical density is left unexplained"
+    if f["off_plane"] > LIMITS["max_off_plane"]: return f"not two dyes: {f['off_plane']:.0%} of the optical density lies outside any plane"
     return ""
 
-# %% ../nbs/01_stain.ipynb #3e8dd6b9
-def _figures(od, vectors, white, penalty=.01, percentile=99):
-    "What is to be known about vectors on the densities they come from."
-    c = concentrations(od, vectors, penalty)
-    rest = od - c @ np.asarray(vectors, np.float32)
-    glass = concentrations(rgb_to_od(white), vectors, penalty)
+# %% ../nbs/01_stain.ipynb #cc6633c6
+def _evidence(od, dictionary):
+    "What speaks for two dyes in these densities: figures of the slide, whatever the method."
+    total = concentrations(od, dictionary).sum(0, dtype=float)
     spread, axes = np.linalg.eigh((od.T @ od).astype(float))
-    top, total = np.maximum(np.percentile(c, percentile, axis=0) - glass, 0), c.sum(0, dtype=float)
-    return dict(stain_matrix=np.asarray(vectors, float), max_concentration=np.asarray(top, float), glass=np.asarray(glass, float), angle=float(degrees_between(*vectors)),
-        condition=float(np.linalg.cond(vectors)), weak_share=float(total.min() / max(total.sum(), 1e-9)),
-        residual=float(np.sqrt((rest ** 2).sum() / max((od ** 2).sum(), 1e-9))), plane=axes[:, 0], off_plane=float(np.sqrt(max(spread[0], 0) / max(spread.sum(), 1e-9))))
+    return dict(dictionary=dictionary, angle=float(degrees_between(*dictionary)), condition=float(np.linalg.cond(dictionary)), weak_share=float(total.min() / max(total.sum(), 1e-9)),
+        plane=axes[:, 0], off_plane=float(np.sqrt(max(spread[0], 0) / max(spread.sum(), 1e-9))))
 
-# %% ../nbs/01_stain.ipynb #5e0a53e4
+def _strengths(od, vectors, white, percentile=99):
+    "How strong the dyes are above glass, and what they leave unexplained."
+    c = concentrations(od, vectors); glass = concentrations(rgb_to_od(white), vectors)
+    rest = od - c @ np.asarray(vectors, np.float32)
+    return dict(stain_matrix=np.asarray(vectors, float), max_concentration=np.maximum(np.percentile(c, percentile, axis=0) - glass, 0).astype(float),
+        residual=float(np.sqrt((rest ** 2).sum() / max((od ** 2).sum(), 1e-9))))
+
+# %% ../nbs/01_stain.ipynb #69bb8988
 def _luminance(rgb):
     "Relative luminance Y of sRGB, 0 to 1."
-    return _LINEAR[rgb] @ np.array([.2126, .7152, .0722], np.float32)
+    return sum(table[plane] for table, plane in zip(_LINEAR * np.float32([[.2126], [.7152], [.0722]]), np.moveaxis(rgb, -1, 0)))
 
 _LINEAR = np.where(np.arange(256) <= 10, np.arange(256) / 255 / 12.92, ((np.arange(256) / 255 + .055) / 1.055) ** 2.4).astype(np.float32)
 
@@ -270,14 +274,14 @@ def tissue_pixels(
 ):                      # (n, 3) tissue pixels, (m, 3) the dense ones among them, the share of the picture that is tissue
     "The pixels a slide is measured on."
     kind = pixel_kinds(image, white)
-    pixels = image[(kind == 1) & _pieces(kind)]
+    pixels = image.reshape(-1, 3)[np.flatnonzero((kind == 1) & _pieces(kind))]
     dense = pixels[_luminance(pixels) < ((luminosity + .16) / 1.16) ** 3]
     return pixels, dense, len(pixels) / kind.size
 
-# %% ../nbs/01_stain.ipynb #72465bcc
+# %% ../nbs/01_stain.ipynb #a89f582c
 def learn_vectors(
     dense,               # (n, 3) uint8 pixels of dense tissue
-    method: str,         # one of `METHODS`; those that need no vectors get Vahadane's for the record
+    method: str,         # one of `METHODS`; those that need no vectors get Vahadane's, for the record
     engine: str = "numpy",
     max_pixels: int = 25000,
 )->np.ndarray:           # (2, 3) unit rows, H then E
@@ -287,6 +291,7 @@ def learn_vectors(
     od = rgb_to_od(dense[::max(1, len(dense) // max_pixels)])
     return macenko_vectors(od.astype(float)) if method == "macenko" else vahadane_vectors(od)
 
+# %% ../nbs/01_stain.ipynb #cb169dd2
 def measure(
     image,                       # (H, W, 3) picture, or a dataset of an open HDF5 file
     method: str = "vahadane",
@@ -299,13 +304,15 @@ def measure(
     white = white_point(small) if white is None else np.broadcast_to(np.asarray(white, float), 3)
     pixels, dense, share = tissue_pixels(small, white)
     report = dict(ok=False, reason="", method=method, engine=engine, tissue_share=share, tissue_pixels=len(pixels), white=white,
-        stain_matrix=None, max_concentration=None, glass=None, angle=None, condition=None,
-        weak_share=None, residual=None, plane=None, off_plane=None)
+        stain_matrix=None, max_concentration=None, residual=None, dictionary=None,
+        angle=None, condition=None, weak_share=None, plane=None, off_plane=None)
     if len(dense) < LIMITS["min_pixels"]: dense = pixels
     if share < LIMITS["min_share"] or len(pixels) < LIMITS["min_pixels"]:
         return report | dict(reason=f"too little tissue: {share:.2%} of the picture, {len(pixels)} pixels of the sample")
-    if np.ptp(dense, axis=0).max() < 3: return report | dict(reason="one colour only: there is nothing to tell two dyes apart")
-    report |= _figures(rgb_to_od(pixels[::max(1, len(pixels) // 50000)]), learn_vectors(dense, method, engine), white) | _lab_figures(pixels)
+    if np.ptp(dense[::max(1, len(dense) // 10000)], axis=0).max() < 3: return report | dict(reason="one colour only: there is nothing to tell two dyes apart")
+    od, dictionary = rgb_to_od(pixels[::max(1, len(pixels) // 50000)]), learn_vectors(dense, "vahadane")
+    vectors = dictionary if engine != "staintools" and method not in ("macenko", "ruifrok") else learn_vectors(dense, method, engine)
+    report |= _evidence(od, dictionary) | _strengths(od, vectors, white) | _lab_figures(pixels)
     report["reason"] = judge(report); report["ok"] = not report["reason"]
     return report
 
@@ -336,7 +343,7 @@ def _lab_figures(pixels):
     lab = rgb_to_lab(pixels[::max(1, len(pixels) // 20000)]).astype(float)
     return dict(lab_mean=lab.mean(0), lab_std=lab.std(0), lab_median=np.median(lab, 0))
 
-# %% ../nbs/01_stain.ipynb #05782610
+# %% ../nbs/01_stain.ipynb #904091a6
 class PaintPlan(NamedTuple):
     "The constants of a slide's repainting, for a row of b pixels."
     factor: np.ndarray  # (3b,) on the grey levels before the logarithm
@@ -347,6 +354,7 @@ class PaintPlan(NamedTuple):
     low: float          # of the lightness: tissue below, glass above `high`
     high: float
 
+# %% ../nbs/01_stain.ipynb #831b23e1
 def paint_plan(
     vectors,                    # (2, 3) of the slide
     target,                     # (2, 3) of the reference
@@ -370,57 +378,94 @@ def paint_plan(
     arrays = (np.tile(np.exp(shift) / 255, block), np.hstack([-np.kron(eye, m) for m in parts]), np.tile(glass, block), np.vstack([np.kron(eye, m) for m in mix]), np.tile(base, block))
     return PaintPlan(*(np.ascontiguousarray(a, np.float32) for a in arrays), float(low), float(high))
 
-# %% ../nbs/01_stain.ipynb #e41bbe98
-def _repaint_numpy(rows, out, plan, chunk):
-    "Repaint (n, 3b) uint8 rows, numpy."
-    half, width = len(plan.glass), len(plan.mix)
-    for s in range(0, len(rows), chunk):
-        x = np.maximum(rows[s:s + chunk], 1) * plan.factor
-        h = np.log(x, out=x) @ plan.unmix
+# %% ../nbs/01_stain.ipynb #00135b8d
+def _buffers(plan, n, empty):
+    "Room for n rows: grey levels, densities, and what the unmixing gives."
+    return [empty((n, a.shape[-1]), dtype) for a, dtype in ((plan.factor, "uint8"), (plan.factor, "float32"), (plan.unmix, "float32"))]
+
+# %% ../nbs/01_stain.ipynb #3212c187
+def _repaint_numpy(rows, out, plan, starts, chunk):
+    "Repaint the chunks of (n, 3b) uint8 rows that begin at `starts`, numpy."
+    half, width, buffers = len(plan.glass), len(plan.mix), _buffers(plan, min(chunk, len(rows)), np.empty)
+    for s in starts:
+        grey, x, h = (b[:len(rows[s:s + chunk])] for b in buffers)
+        np.multiply(np.maximum(rows[s:s + chunk], 1, out=grey), plan.factor, out=x)
+        np.matmul(np.log(x, out=x), plan.unmix, out=h)
         c = np.minimum(h[:, :half], h[:, half:2 * half], out=h[:, :half])
         c -= plan.glass; np.maximum(c, 0, out=c)
         if width > half: np.clip(h[:, 2 * half:], plan.low, plan.high, out=h[:, half:width])
-        x = np.exp(np.matmul(h[:, :width], plan.mix, out=x), out=x)
+        np.exp(np.matmul(h[:, :width], plan.mix, out=x), out=x)
         np.copyto(out[s:s + chunk], np.multiply(x, plan.base, out=x), casting="unsafe")
 
-def _repaint_torch(rows, out, plan, chunk, device="cpu"):
-    "Repaint (n, 3b) uint8 rows, torch on the CPU or another device."
+def repaint_tensor(
+    rows,          # (n, 3b) uint8 tensor on any device
+    plan: PaintPlan,
+    buffers=None,  # room to work in, from `_buffers`
+):                 # (n, 3b) float32 tensor there, grey levels before they are cut to uint8
+    "Repaint rows of b pixels where they lie."
     import torch
-    factor, unmix, glass, mix, base = (torch.from_numpy(a).to(device) for a in plan[:5])
+    factor, unmix, glass, mix, base = (torch.from_numpy(a).to(rows.device) for a in plan[:5])
     half, width = len(glass), len(mix)
-    for s in range(0, len(rows), chunk):
-        part = rows[s:s + chunk]
-        x = torch.from_numpy(part if part.flags.writeable else part.copy()).to(device).clamp(min=1).float().mul_(factor).log_()
-        h = x @ unmix
-        torch.minimum(h[:, :half], h[:, half:2 * half], out=h[:, :half]).sub_(glass).clamp_(min=0)
-        if width > half: torch.clamp(h[:, 2 * half:], plan.low, plan.high, out=h[:, half:width])
-        x = torch.mm(h[:, :width], mix, out=x).exp_().mul_(base)
-        if device == "cpu": np.copyto(out[s:s + chunk], x.numpy(), casting="unsafe")
-        else: torch.from_numpy(out[s:s + chunk]).copy_(x.to(torch.uint8))
+    grey, x, h = (b[:len(rows)] for b in buffers or _buffers(plan, len(rows), lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=rows.device)))
+    torch.clamp(rows, min=1, out=grey)
+    torch.mm(x.copy_(grey).mul_(factor).log_(), unmix, out=h)
+    c = torch.minimum(h[:, :half], h[:, half:2 * half], out=h[:, :half])
+    (c.sub_(glass) if plan.glass.any() else c).clamp_(min=0)
+    if width > half: torch.clamp(h[:, 2 * half:], plan.low, plan.high, out=h[:, half:width])
+    return torch.mm(h[:, :width], mix, out=x).exp_().mul_(base)
 
-# %% ../nbs/01_stain.ipynb #49fb92ea
+# %% ../nbs/01_stain.ipynb #595f3f27
+def _repaint_torch(rows, out, plan, starts, chunk, device="cpu"):
+    "Repaint the chunks of (n, 3b) uint8 rows that begin at `starts`, torch."
+    import torch
+    buffers = _buffers(plan, min(chunk, len(rows)), lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=device))
+    for s in starts:
+        part = rows[s:s + chunk]
+        new = repaint_tensor(torch.from_numpy(part if part.flags.writeable else part.copy()).to(device), plan, buffers)
+        if device == "cpu": np.copyto(out[s:s + chunk], new.numpy(), casting="unsafe")       # numpy cuts to uint8 four times as fast
+        else: torch.from_numpy(out[s:s + chunk]).copy_(new.to(torch.uint8))
+
+# %% ../nbs/01_stain.ipynb #a4dfe1ff
+def _share_out(work, n, chunk, threads):
+    "Run `work(starts)` over the chunks of n rows in threads that do not wait for each other."
+    import torch
+    threads, before = max(1, min(threads, -(-n // chunk))), torch.get_num_threads()
+    if threads == 1: return work(range(0, n, chunk))
+    def alone(k):
+        torch.set_num_threads(1)
+        work(range(k * chunk, n, chunk * threads))
+    try:
+        with ThreadPoolExecutor(threads) as pool: list(pool.map(alone, range(threads)))
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/01_stain.ipynb #23425ee1
 def repaint(
     image,                   # (H, W, 3) uint8
-    plan,                    # from `paint_plan`
+    plan: PaintPlan,
     engine: str = "torch",   # torch or numpy
     device: str = "cpu",
     out=None,                # (H, W, 3) uint8 to write to; may be `image` itself
-    pixels: int = 2**18,     # in memory at a time
+    pixels: int = 2**17,     # in memory at a time, for each thread
+    threads: int = None,     # None: as many as torch uses, 8 at most
 )->np.ndarray:               # (H, W, 3) uint8
     "The picture with its dyes exchanged; extra memory beside the result does not grow with the picture."
+    import torch
     image = np.ascontiguousarray(image)
     out = np.empty_like(image) if out is None else out
-    step = plan.factor.size; block = step // 3
+    step = plan.factor.size; chunk = max(1, 3 * pixels // step)
     flat, result = image.reshape(-1), out.reshape(-1)
     whole = flat.size // step * step
-    run = (lambda a, b: _repaint_torch(a, b, plan, pixels // block, device)) if engine == "torch" else lambda a, b: _repaint_numpy(a, b, plan, pixels // block)
+    threads = 1 if device != "cpu" else threads or min(8, torch.get_num_threads())
+    def run(a, b):
+        work = (lambda starts: _repaint_torch(a, b, plan, starts, chunk, device)) if engine == "torch" else lambda starts: _repaint_numpy(a, b, plan, starts, chunk)
+        _share_out(work, len(a), chunk, threads)
     run(flat[:whole].reshape(-1, step), result[:whole].reshape(-1, step))
     if whole < flat.size:
         rest = np.ones((1, step), np.uint8); rest[0, :flat.size - whole] = flat[whole:]
         run(rest, rest); result[whole:] = rest[0, :flat.size - whole]
     return out
 
-# %% ../nbs/01_stain.ipynb #7797df65
+# %% ../nbs/01_stain.ipynb #13be32ca
 class _Staintools:
     "The two calls into staintools that are needed."
     def __init__(self):
@@ -448,6 +493,7 @@ class _Staintools:
             out[y:y + band] = (plan.base[:3] * np.exp(c @ mix)).reshape(image[y:y + band].shape).astype(np.uint8)
         return out
 
+# %% ../nbs/01_stain.ipynb #b0c41eed
 _oracle = []
 
 def _staintools():
@@ -524,11 +570,12 @@ class _Params:
         changed = {k: v for k, v in self.get_params().items() if v != inspect.signature(type(self)).parameters[k].default}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
-# %% ../nbs/01_stain.ipynb #fc443db3
+# %% ../nbs/01_stain.ipynb #ea10ea17
 def _as_picture(image):
     "A picture in memory as uint8 RGB; a dataset of a file stays where it is."
     return image if hasattr(image, "chunks") else as_rgb(image)
 
+# %% ../nbs/01_stain.ipynb #c0ef1969
 class _Reference(_Params):
     "A `StainNormalizer` that knows its reference."
     def _check(self):
@@ -678,7 +725,7 @@ def _copy_layout(source, target):
         if isinstance(part, h5py.Group):
             for k, v in part.attrs.items(): group.require_group(name).attrs[k] = v
 
-# %% ../nbs/01_stain.ipynb #4c857385
+# %% ../nbs/01_stain.ipynb #9723a6c4
 def fit_reference(
     normaliser,          # StainNormalizer; None stays None
     reference="",        # a slide of `file`, a picture, or a saved normaliser (.json); "" is the first training slide
@@ -695,6 +742,7 @@ def fit_reference(
     if not hasattr(saved, "reference_"): raise BadInput(f"{reference} holds a normaliser without a reference; fit it, then save it")
     return normaliser.set_params(method=saved.method).set_reference(saved.reference_)
 
+# %% ../nbs/01_stain.ipynb #35a9fb23
 def normalise_file(
     path_in,                        # HDF5 in the competition's layout
     path_out,                       # HDF5 of the same layout, written whole or not at all
@@ -718,7 +766,7 @@ def normalise_file(
             _stain_attributes(new, reports[name], "none" if normaliser is None else normaliser.engine_)
     return reports
 
-# %% ../nbs/01_stain.ipynb #7eb45dbc
+# %% ../nbs/01_stain.ipynb #7c6a9c93
 def read_picture(
     path,      # PNG, JPEG, TIFF and what else Pillow reads
 )->np.ndarray: # (H, W), (H, W, 3) or (H, W, 4), uint8 or uint16
@@ -733,7 +781,8 @@ def read_picture(
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e: raise BadInput(f"{path} cannot be read as a picture ({e}); use PNG, JPEG or TIFF") from None
     finally: Image.MAX_IMAGE_PIXELS = limit
 
-_FORMATS = {".png": {}, ".jpg": dict(quality=95, subsampling=0), ".jpeg": dict(quality=95, subsampling=0), ".tif": dict(compression="tiff_deflate"), ".tiff": dict(compression="tiff_deflate")}
+_JPEG, _TIFF = dict(quality=95, subsampling=0), dict(compression="tiff_deflate")
+_FORMATS = {".png": {}, ".jpg": _JPEG, ".jpeg": _JPEG, ".tif": _TIFF, ".tiff": _TIFF}
 
 def write_picture(
     path,   # ends in .png, .jpg, .jpeg, .tif or .tiff

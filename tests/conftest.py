@@ -1,7 +1,7 @@
 """What several tests need: a tiny data file, and one finished run at smoke size."""
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # threads that spin while they wait slow each other down
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest

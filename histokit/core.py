@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'did_you_mean', 'choose', 'write_error', 'make_dir', 'atomic', 'plain', 'write_json', 'read_json',
-           'write_table', 'save_figure', 'open_run', 'cache_dir', 'seed_everything', 'pick_device']
+           'write_table', 'save_figure', 'as_uint8', 'open_run', 'cache_dir', 'seed_everything', 'pick_device']
 
 # %% ../nbs/09_core.ipynb #0f06ff05
 import contextlib, difflib, errno, json, os, random, tempfile
@@ -124,6 +124,21 @@ def save_figure(
     "Write a figure, whole or not at all."
     with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, bbox_inches="tight")
     return Path(path)
+
+# %% ../nbs/09_core.ipynb #52bf38fa
+def as_uint8(
+    image,                 # any shape: uint8, uint16, bool, or float in 0-1
+    where: str = "image",  # what it is, for the message
+)->np.ndarray:             # the same shape, uint8
+    "The picture as uint8, rounded; `BadInput` when floats are not finite or leave 0-1."
+    if image.dtype == np.uint8: return image
+    if image.dtype == bool: return image.astype(np.uint8) * 255
+    if image.dtype == np.uint16: return ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if image.dtype.kind != "f": raise BadInput(f"{where} has type {image.dtype}; store it as uint8, uint16, or float in 0-1")
+    low, high = (float(image.min()), float(image.max())) if image.size else (0., 1.)
+    if not (np.isfinite(low) and np.isfinite(high)): raise BadInput(f"{where} has values that are not finite; fill them with white (1.0)")
+    if low < -1e-3 or high > 1 + 1e-3: raise BadInput(f"{where} has floats from {low:.4g} to {high:.4g}; scale them to 0-1, or store uint8")
+    return (np.clip(image, 0, 1) * 255 + .5).astype(np.uint8)
 
 # %% ../nbs/09_core.ipynb #821cba9c
 def open_run(

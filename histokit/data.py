@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'LATTICE_UM', 'open_h5', 'h5_child', 'slide_names', 'is_target', 'check_columns', 'read_spots',
-           'check_values', 'as_uint8', 'read_slide', 'check_image', 'lattice', 'SlideInfo', 'check_inside',
-           'DataFactory', 'slide_info', 'SlideCache', 'mirror', 'cut_patch', 'patch_size', 'normalised_coords',
-           'HESpotDataset', 'resize', 'show_patches', 'TargetTransform', 'assign_folds', 'spatial_blocks',
-           'block_split', 'check_split', 'inner_split', 'slide_blocks', 'neighbour_labels', 'on_tissue', 'show_slides',
-           'spots_on_tissue', 'show_targets', 'rank_map', 'open_stage']
+           'check_values', 'read_slide', 'check_image', 'lattice', 'SlideInfo', 'check_inside', 'DataFactory',
+           'slide_info', 'SlideCache', 'mirror', 'cut_patch', 'patch_size', 'normalised_coords', 'HESpotDataset',
+           'resize', 'show_patches', 'TargetTransform', 'assign_folds', 'spatial_blocks', 'block_split', 'check_split',
+           'inner_split', 'slide_blocks', 'neighbour_labels', 'on_tissue', 'show_slides', 'spots_on_tissue',
+           'show_targets', 'rank_map', 'open_stage']
 
-# %% ../nbs/00_data.ipynb #2f44d608
+# %% ../nbs/00_data.ipynb #a9f3bf2a
 import os, re
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from torch.utils.data import Dataset
 
-from .core import BadInput, choose, did_you_mean
+from .core import BadInput, as_uint8, choose, did_you_mean
 
 # %% ../nbs/00_data.ipynb #1da81ff5
 def open_h5(
@@ -135,20 +135,7 @@ def check_values(
     if (twice := table.duplicated(["x", "y"])).any():
         raise BadInput(f"{where}: {twice.sum()} spot(s) given twice, first row {np.flatnonzero(twice)[0]}; keep one of each position")
 
-# %% ../nbs/00_data.ipynb #572c4e3c
-def as_uint8(
-    image,                 # (..., 3) uint8, uint16, or float in [0, 1]
-    where: str = "image",  # what it is, for the message
-)->np.ndarray:             # (..., 3) uint8
-    "The picture as uint8, rounded; `BadInput` when floats are not finite or leave 0-1."
-    if image.dtype == np.uint8: return image
-    if image.dtype == np.uint16: return ((image.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    if image.dtype.kind != "f": raise BadInput(f"{where} has type {image.dtype}; store it as uint8, uint16, or float in 0-1")
-    low, high = (float(image.min()), float(image.max())) if image.size else (0., 1.)
-    if not (np.isfinite(low) and np.isfinite(high)): raise BadInput(f"{where} has values that are not finite; fill them with white (1.0)")
-    if low < -1e-3 or high > 1 + 1e-3: raise BadInput(f"{where} has floats from {low:.4g} to {high:.4g}; scale them to 0-1, or store uint8")
-    return (np.clip(image, 0, 1) * 255 + .5).astype(np.uint8)
-
+# %% ../nbs/00_data.ipynb #66d94404
 def read_slide(
     dataset,              # h5py Dataset (H, W, 3)
     band: int = 512,      # rows read at a time, so that floats of a whole slide are never held

@@ -301,7 +301,7 @@ class Trainer:
         self.epoch, self.history, self.best, self.best_state = (state[k] for k in ("epoch", "history", "best", "best_state"))
         self.log(f"going on after epoch {self.epoch}")
 
-# %% ../nbs/03_train.ipynb #8fa3eb68
+# %% ../nbs/03_train.ipynb #f06dc7ee
 def show_history(
     histories,       # name -> table from `fit`
     metric: str = "metric",
@@ -310,7 +310,7 @@ def show_history(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(1, 2, figsize=(7, 2.3), layout="constrained")
     for name, h in histories.items():
-        ax[0].plot(h.epoch, h.loss, ".-", label=name); ax[1].plot(h.epoch, h.metric, ".-")
+        line, = ax[0].plot(h.epoch, h.loss, ".-", label=name); ax[1].plot(h.epoch, h.metric, ".-", c=line.get_color())
         best = h.metric.idxmax(); ax[1].plot(h.epoch[best], h.metric[best], "o", mfc="none", mec="k")
     ax[0].set(xlabel="epoch", ylabel="loss", title="Training loss"); ax[1].set(xlabel="epoch", ylabel=metric, title="On the slide that chooses; circled: kept")
     ax[0].legend(fontsize=7)

@@ -43,7 +43,7 @@ def test_parameters_cell_is_what_papermill_sees(stage):
     assert {n: p[0] for n, p in mine.items()} == {n: p["inferred_type_name"] for n, p in seen.items()}
     source = next("".join(c["source"]) for c in cells(notebook) if "parameters" in c["metadata"].get("tags", []))
     assert len(mine) == len(source.strip().splitlines()), "every line of a parameters cell is a typed literal with a comment"
-    for name, (_, default, about) in mine.items(): assert about, name
+    for name, (*_, about) in mine.items(): assert about, name
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)

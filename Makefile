@@ -10,7 +10,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONUNBUFFERED := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help install demo test test-all run lab notebooks readme kernels bench export clean-all gates
+.PHONY: help fuzz install demo test test-all run lab notebooks readme kernels bench export clean-all gates
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -33,6 +33,9 @@ test: install    ## every gate: clean, export, README, lint, notebooks, demo by 
 test-all: install ## the gates, with the slow tests
 	@BIN="$(BIN)" PYTEST_ARGS="-m slow\ or\ not\ slow" tools/gates.sh
 
+fuzz: install    ## 2 000 damaged files: never a traceback, never a clean verdict on a file that fails later
+	@$(BIN)/python -m pytest tests/test_debug_checks.py -m slow -k fuzz
+
 lab: install     ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir nbs
 
@@ -50,6 +53,7 @@ kernels: install ## build the Kaggle kernels
 
 bench: install   ## measure speed, as ratios to the named alternatives
 	@for f in tests/bench_*.py; do echo "== $$f"; $(BIN)/python $$f; done
+	@echo "== tests/measure_registration.py"; $(BIN)/python tests/measure_registration.py --slides 50
 
 clean-all:       ## remove .venv, runs and caches
 	rm -rf "$(VENV)" runs .ruff_cache dist build

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'LATTICE_UM', 'open_h5', 'h5_child', 'slide_names', 'is_target', 'check_columns', 'read_spots',
-           'check_values', 'read_slide', 'check_image', 'lattice', 'SlideInfo', 'check_inside', 'DataFactory',
+           'check_values', 'read_slide', 'check_image', 'lattice', 'Shown', 'SlideInfo', 'check_inside', 'DataFactory',
            'slide_info', 'SlideCache', 'mirror', 'cut_patch', 'patch_size', 'normalised_coords', 'HESpotDataset',
            'resize', 'show_patches', 'TargetTransform', 'assign_folds', 'spatial_blocks', 'block_split', 'check_split',
            'inner_split', 'slide_blocks', 'neighbour_labels', 'on_tissue', 'show_slides', 'spots_on_tissue',
-           'show_targets', 'rank_map', 'open_stage']
+           'show_targets', 'rank_map', 'slide_values', 'move_spots', 'registration_modes', 'open_stage']
 
-# %% ../nbs/00_data.ipynb #a9f3bf2a
-import os, re
+# %% ../nbs/00_data.ipynb #740cd7d1
+import importlib, os, re
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -177,7 +177,13 @@ def lattice(
 
 LATTICE_UM = dict(hex=100., square=200.)   # pitch in µm: 10x Visium; Spatial Transcriptomics (Stahl 2016)
 
-# %% ../nbs/00_data.ipynb #f550fb35
+# %% ../nbs/00_data.ipynb #3b5a29c3
+class Shown:
+    "Something that shows itself as a small picture with facts where it ends a cell; drawn by `histokit.explore`."
+    def __init__(self, text, what, *args): self.text, self.what, self.args = text, what, args
+    def __repr__(self): return self.text
+    def _repr_html_(self): return getattr(importlib.import_module("histokit.explore"), self.what)(*self.args)
+
 @dataclass(frozen=True)
 class SlideInfo:
     "What is known of a slide without its pixels."
@@ -209,7 +215,7 @@ def check_inside(
     mend = "x and y look swapped (x is the column, y the row)" if swapped else "are the coordinates of another resolution?"
     raise BadInput(f"{where}: {out.sum()} of {len(xy)} spots lie outside the {width} x {height} (width x height) picture, first row {np.flatnonzero(out)[0]}; {mend}")
 
-# %% ../nbs/00_data.ipynb #a504bce1
+# %% ../nbs/00_data.ipynb #f696deff
 class DataFactory:
     "The slides, spots and targets of a file in the competition's layout, checked."
     def __init__(self,
@@ -257,6 +263,17 @@ class DataFactory:
     def table(self)->pd.DataFrame:
         "The slides, one a row."
         return pd.DataFrame([asdict(s) for s in self.slides.values()])
+
+    def __getitem__(self, name)->Shown:
+        "A slide, to look at."
+        return Shown(repr(self.slides[choose(name, self.slides, "slide")]), "html_slide", self.slides[name], self)
+
+    def split(self, split: str = "auto", folds: int = 0)->Shown:
+        "The folds that `assign_folds` makes, to look at."
+        table = self.spots.assign(fold=assign_folds(self.spots, split, folds))
+        return Shown(str(pd.crosstab(table.slide, table.fold)), "html_split", table)
+
+    def _repr_html_(self): return Shown("", "html_factory", self)._repr_html_()
 
     def __repr__(self):
         count = {p: self.spots.split.eq(p).sum() for p in SPLITS}
@@ -368,7 +385,7 @@ def normalised_coords(
     by = spots.groupby("slide")[["x", "y"]]
     return ((spots[["x", "y"]] - by.transform("mean")) / by.transform(lambda v: v.std(ddof=0) or 1.)).to_numpy(np.float32).copy()
 
-# %% ../nbs/00_data.ipynb #0a3f8511
+# %% ../nbs/00_data.ipynb #e899ff9b
 class HESpotDataset(Dataset):
     "Patches around spots, cut when asked for, with where the spot lies and what it should be."
     def __init__(self,
@@ -388,6 +405,10 @@ class HESpotDataset(Dataset):
         if self.target is not None and len(self.target) != len(spots): raise BadInput(f"{len(spots)} spots but {len(self.target)} rows of targets")
 
     def __len__(self): return len(self.slide)
+    def sample(self, i: int)->Shown:
+        "An item, to look at."
+        return Shown(f"spot {i} of {self!r}", "html_sample", self, i)
+
 
     def patch(self, i)->np.ndarray:
         "(s, s, 3) uint8 around spot i, as cut from the slide."
@@ -657,6 +678,35 @@ def rank_map(
     ranks = rankdata(factory.spots.loc[train, factory.targets], axis=1)
     t = int(ranks.std(0).argmax()); out = np.full(len(train), np.nan); out[train] = ranks[:, t]
     return out, t
+
+# %% ../nbs/00_data.ipynb #8b8e1ad4
+def slide_values(
+    factory, name: str,   # DataFactory and a slide
+)->tuple:                 # (n, 2) given positions; (n, T) targets, or None for a test slide
+    "What a slide's file says of its spots."
+    rows = factory.spots[factory.spots.slide.eq(name)]
+    return rows[["x_raw", "y_raw"]].to_numpy(), rows[factory.targets].to_numpy() if factory.slides[name].split == "Train" else None
+
+def move_spots(
+    factory, name: str,   # DataFactory, changed in place, and a slide
+    registration,         # with `apply`, `scale` and `identity`
+)->None:
+    "Put a slide's spots where a registration says they are; the scale that was read off the lattice follows."
+    if registration.identity: return
+    rows, info = factory.spots.slide.eq(name), factory.slides[name]
+    factory.spots.loc[rows, ["x", "y"]] = registration.apply(factory.spots.loc[rows, ["x_raw", "y_raw"]].to_numpy())
+    um = info.um_per_px / (registration.scale if info.um_source == "lattice" else 1)
+    factory.slides[name] = replace(info, pitch_px=info.pitch_px * registration.scale, um_per_px=um)
+
+def registration_modes(
+    text: str,            # auto, off, scale,dx,dy; or slide:mode;slide:mode, others auto
+    names,                # the slides
+)->dict:                  # slide -> mode
+    "What was asked for each slide."
+    if ":" not in text: return dict.fromkeys(names, text)
+    asked = dict(part.split(":", 1) for part in text.split(";") if ":" in part)
+    for name in asked: choose(name.strip(), list(names), "slide")
+    return {n: {k.strip(): v.strip() for k, v in asked.items()}.get(n, "auto") for n in names}
 
 # %% ../nbs/00_data.ipynb #bc2dceec
 def open_stage(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'PENALTIES', 'spearman_rows', 'spearman_columns', 'mean_spearman', 'bootstrap_interval', 'constants',
-           'held_out_constants', 'ladder', 'format_ladder', 'show_ladder', 'standard_rungs', 'dihedral', 'Augment',
-           'loader', 'to_device', 'predict', 'Trainer', 'show_history', 'ridge_path', 'fit_ridge', 'set_linear']
+           'held_out_constants', 'ladder', 'format_ladder', 'show_ladder', 'standard_rungs', 'dihedral', 'loader',
+           'to_device', 'predict', 'Trainer', 'show_history', 'ridge_path', 'fit_ridge', 'set_linear']
 
 # %% ../nbs/03_train.ipynb #abbf4119
 import hashlib, json, math, sys, time
@@ -144,27 +144,13 @@ def dihedral(
     "One of the eight views of a square; 0 is the picture itself, 4 and 6 its flips, 2 both."
     return torch.rot90(image.flip(-1) if k >= 4 else image, k % 4, (-2, -1))
 
-# %% ../nbs/03_train.ipynb #0030f077
-class Augment:
-    "A random view of a patch, with its brightness and colours shifted a little."
-    def __init__(self,
-        jitter: float = .1,     # relative spread of each channel's gain, and of all channels' together
-    ): self.jitter = jitter
-
-    def __call__(self, image):  # (3, H, W) uint8 -> the same
-        image = dihedral(image, int(torch.randint(8, ())))
-        if not self.jitter: return image
-        gain = 1 + self.jitter * (torch.randn(3, 1, 1) / 2 + torch.randn(()))/ 2
-        return 255 - ((255 - image.float()) * gain).clamp(0, 255).round().to(torch.uint8)      # glass stays white
-
-    def __repr__(self): return f"Augment(jitter={self.jitter})"
-
-# %% ../nbs/03_train.ipynb #30361c2b
+# %% ../nbs/03_train.ipynb #2473447a
 def loader(
     dataset, batch_size: int,
     shuffle: bool = False, seed: int = 0, workers: int = 0,
 )->DataLoader:
     "Batches in an order, and with augmentation, that the seed alone decides; a lone last training row is left out, since batch-norm cannot take it."
+    if hasattr(dataset, "batches"): return dataset.batches(batch_size, shuffle, seed, workers)         # a dataset that makes whole batches, faster
     lone = shuffle and len(dataset) % batch_size == 1 and len(dataset) > 1
     return DataLoader(dataset, batch_size, shuffle=shuffle, drop_last=lone, num_workers=workers, generator=torch.Generator().manual_seed(seed), pin_memory=torch.cuda.is_available())
 

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from histokit.core import BadInput, write_json
-from histokit.data import DataFactory
+from histokit.data import DataFactory, HESpotDataset, SlideCache, TargetTransform, assign_folds, neighbour_labels, patch_size, slide_blocks
 from histokit.debug_checks import (Finding, check_file, check_images, check_improves, check_predictions, check_run, check_smoothing, check_split_honesty, format_findings, from_error,
-    look_at, raise_errors)
+    look_at, raise_errors, write_report)
 
 
 def errors(findings): return [str(f) for f in findings if f.level == "error"]
@@ -112,6 +112,70 @@ def test_claimed_sizes_do_not_take_memory(tmp_path):
     assert any("pixels" in e for e in found) and any("claims" in e and "spots" in e for e in found)
 
 
+# --- the page ------------------------------------------------------------------------------------------------------------------------------------------
+
+def test_page_of_a_good_file(tmp_path):
+    path = write(tmp_path/"a.h5", slides=4)
+    page = write_report(tmp_path/"page.html", path).read_text()
+    assert page.count("<figure>") == 4 and page.count("data:image/jpeg") == 4 and "data:image/png" in page and len(page) < 1_500_000
+    for text in ("0 errors", "25", "lattice", "What a constant scores", "ΔE to the others", "mean rank"): assert text in page, text
+    assert "not to be shown" not in page and "http" not in page and "<script" not in page
+    assert write_report(tmp_path/"given.html", path, [Finding("error", "told before", "mend it", "S_9")]).read_text().count("told before") == 1
+
+
+def spoil(h):
+    rec = h["spots/Train/S_1"][:]
+    rec["x"][3], rec["C2"][5] = 10 ** 6, np.nan
+    swap_in(h, "spots/Train/S_1", rec)
+    del h["images/Train/S_2"]
+    h["images/Test/S_3"].attrs["um_per_px"] = "text"
+
+
+def test_page_of_broken_files(tmp_path):
+    path = write(tmp_path/"a.h5")
+    with h5py.File(path, "r+") as h: spoil(h)
+    page = write_report(tmp_path/"page.html", path).read_text()
+    assert page.count("<figure>") == 2 and "C2 of row 5 is nan" in page and "images/Train/S_2 is missing" in page and "not to be shown" not in page
+    (tmp_path/"text.h5").write_text("nothing")
+    for bad in (tmp_path/"text.h5", tmp_path/"nowhere.h5", tmp_path): assert "1 error" in write_report(tmp_path/"b.html", bad).read_text()
+    (tmp_path/"file").write_text("")
+    with pytest.raises(BadInput): write_report(tmp_path/"file"/"page.html", path)
+
+
+def test_page_escapes_all_text(tmp_path):
+    path, bad = write(tmp_path/"a <i>&.h5"), "<script>alert(1)</script>"
+    with h5py.File(path, "r+") as h:
+        for top in ("spots", "images"): h.move(f"{top}/Train/S_1", f"{top}/Train/" + bad.replace("/", "|"))
+        h["images/Train/S_2"].attrs["patient"] = bad + "'\""
+        h["spots/Train"].create_group(b"\xff")                                     # a name that is no text
+    findings = check_file(path) + [Finding("warning", bad, bad, bad)]
+    page = write_report(tmp_path/"page.html", path, findings).read_text()
+    assert "<script" not in page and "<i>" not in page and "&lt;script&gt;" in page and "\\udcff" in page
+    format_findings(findings).encode()
+
+
+def test_targets_scales_and_colours_are_told(tmp_path):
+    path = write(tmp_path/"a.h5", slides=4)
+    with h5py.File(path, "r+") as h:
+        for n, share in (("S_1", .8), ("S_2", .7)):
+            rec = h[f"spots/Train/{n}"][:]
+            for c in rec.dtype.names[2:]: rec[c][np.random.default_rng(0).random(len(rec)) < share] = 0
+            swap_in(h, f"spots/Train/{n}", rec)
+        swap_in(h, "images/Train/S_3", h["images/Train/S_3"][:] * np.float32([.7, 1, 1]))
+        h["images/Train/S_1"].attrs["um_per_px"] = 1e-7
+    findings = check_file(path)
+    assert says(findings, "um_per_px is 1e-07") and says(findings, "zeros tie", "warning")
+    assert says(findings, "ΔE", "note") and says(findings, "no slide names its patient", "note") and says(findings, "stored as float32", "note") and says(findings, "targets float64", "note")
+
+
+def test_page_in_seconds(tmp_path):
+    "75 MB of pixels."
+    path = write(tmp_path/"a.h5", slides=3, shape=(2900, 2900), dtype="u1", pitch=250.)
+    start = time.time()
+    page = write_report(tmp_path/"page.html", path).read_text()
+    assert time.time() - start < 15 and len(page) < 1_500_000
+
+
 # --- damaged files -----------------------------------------------------------------------------------------------------------------------------------------
 
 def any_slide(rng, h, top=None):
@@ -131,7 +195,7 @@ def change_structure(rng, h):
     elif kind == 2: h.move(where, where + "_renamed")
     elif kind == 3: swap_in(h, where, [h5py.SoftLink("/nowhere"), h5py.SoftLink("/" + where), h5py.ExternalLink("gone.h5", "/x"), h5py.SoftLink("/spots")][rng.integers(4)])
     elif kind == 4: swap_in(h, where, [np.float64(3), np.zeros((0, 0, 3)), np.zeros((5, 5, 4), np.uint8), h5py.Empty("f4"), "text", np.zeros(3)][rng.integers(6)])
-    else: h[["/", "images", where][rng.integers(3)]].attrs[["um_per_px", "patient", "cell_types"][rng.integers(3)]] = [0, -1., np.nan, "text", [1, 2], h5py.Empty("f4"), b"\xff"][rng.integers(7)]
+    else: h[["/", "images", where][rng.integers(3)]].attrs[["um_per_px", "patient", "cell_types"][rng.integers(3)]] = [0, -1., np.nan, np.inf, 1e-9, 1e9, "text", [1, 2], h5py.Empty("f4"), b"\xff"][rng.integers(10)]
 
 
 def change_spots(rng, h):
@@ -139,7 +203,9 @@ def change_spots(rng, h):
     rec, kind = h[where][:], rng.integers(4)
     names = list(rec.dtype.names)
     i = rng.integers(len(names))
-    if kind == 0: rec[names[i]][rng.integers(len(rec), size=3)] = [-1, 10 ** 9, 0] if rec.dtype[i].kind == "i" else [np.nan, np.inf, -1e300]
+    if kind == 0:
+        odd = [[-1, 10 ** 9, 0], [0, 0, 0], [5, 6, 7]] if rec.dtype[i].kind == "i" else [[np.nan, np.inf, -1e300], [0, 0, 0], [1e300] * 3, [1e-320] * 3, [-0., 1e38, 4e38]]
+        rec[names[i]][rng.integers(len(rec), size=3)] = odd[rng.integers(len(odd))]
     elif kind == 1: rec.dtype.names = [["c1", "X", "ID", "C0", "C01", "é"][rng.integers(6)] if j == i else n for j, n in enumerate(names)]
     elif kind == 2: rec = rec[:rng.integers(4)]
     else:
@@ -169,26 +235,45 @@ def mutate(rng, source, path):
     with h5py.File(path, "r+") as h:
         for _ in range(rng.integers(1, 3)):
             try: (change_structure, change_spots, change_pixels)[rng.integers(3)](rng, h)
-            except (KeyError, ValueError, TypeError, AttributeError, OSError): continue      # the second change may meet what the first one removed
+            except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError): continue      # the second change may meet what the first one removed
+
+
+def exercise(path):
+    "What the stages do with a file: every pixel, spot, target, fold and patch."
+    factory, cache = DataFactory(path), SlideCache(path)
+    for name in factory.slides: factory.read_slide(name)
+    spots = factory.spots.assign(fold=assign_folds(factory.spots))
+    train = spots[spots.split.eq("Train")].reset_index(drop=True)
+    values = train[factory.targets].to_numpy()
+    assert train.fold.ge(0).all() and len(slide_blocks(train)) == len(train) and np.isfinite(neighbour_labels(train, values)).all()
+    for kind in TargetTransform.kinds:
+        t = TargetTransform(kind, standardise=True).fit(values)
+        assert np.isfinite(t.transform(values).astype(np.float32)).all() and np.isfinite(t.inverse(t.transform(values))).all()
+    px = {n: patch_size(200, s.um_per_px) if np.isfinite(s.um_per_px) else 56 for n, s in factory.slides.items()}
+    dataset = HESpotDataset(spots, cache, px, 24, target=spots[factory.targets].to_numpy())
+    for i in np.unique(np.linspace(0, len(spots) - 1, 12).astype(int)):
+        inputs, target = dataset[i]
+        assert inputs["image"].shape == (3, 24, 24) and np.isfinite(inputs["coords"]).all() and (np.isfinite(target).all() or spots.split[i] == "Test")
 
 
 def fuzz(source, path, seeds):
-    "Never raises, never long; a file without an error opens, and all its pixels read."
+    "Never raises, never long; a file without an error goes through everything that the stages do with it. Every tenth file gets its page."
     clean = 0
     for seed in seeds:
         mutate(np.random.default_rng(seed), source, path)
         start = time.time()
         found = errors(check_file(path))
         assert time.time() - start < 20, seed
+        if seed % 10 == 0: assert "</html>" in write_report(path.with_suffix(".html"), path).read_text(), seed
         if found: continue
         clean += 1
-        factory = DataFactory(path)
-        for name in factory.slides: factory.read_slide(name)
+        try: exercise(path)
+        except Exception as e: raise AssertionError(f"the file of seed {seed} has no error, but fails later") from e
     return clean
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_files(tmp_path):
+def test_fuzz_some(tmp_path):
     source = write(tmp_path/"a.h5", n=6, shape=(200, 210), start=20)
     assert errors(check_file(source)) == []
     assert fuzz(source, tmp_path/"b.h5", range(120)) < 60
@@ -196,7 +281,7 @@ def test_damaged_files(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_many_damaged_files(tmp_path):
+def test_fuzz_many(tmp_path):
     fuzz(write(tmp_path/"a.h5", n=6, shape=(200, 210), start=20), tmp_path/"b.h5", range(1000, 3000))
 
 

@@ -1,0 +1,444 @@
+"Space Ranger folders and tables of cell types in every known form, made here, imported, and opened again."
+import importlib.util
+import json
+import shutil
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from histokit import own_slides
+from histokit.core import BadInput
+from histokit.data import DataFactory
+from histokit.own_slides import (COLUMNS, POSITIONS, TYPES, _text, export_run, import_visium, paint_outs, physical_scale, put_element, read_h5ad_slide, read_outs, read_positions,
+                                 read_rgb, write_h5ad, write_positions)
+
+
+def need(module):
+    "Skip, and say so, where an optional package is not installed."
+    if importlib.util.find_spec(module) is None: pytest.skip(f"{module} is not installed; what needs it is not tested here")
+    return importlib.import_module(module)
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    "A folder that no test may change, and what is true of it."
+    folder = tmp_path_factory.mktemp("painted")
+    slide = paint_outs(folder, seed=5, size=800)
+    table = pd.read_csv(folder/"proportions.csv", index_col=0)
+    return folder, slide, table.set_axis(list(TYPES), axis=1)
+
+
+@pytest.fixture
+def outs(painted, tmp_path):
+    "A copy of the painted folder, to be changed."
+    shutil.copytree(painted[0], tmp_path/"mine")
+    return tmp_path/"mine"
+
+
+def same_as_painted(path, painted, scale=.5, name="S_1"):
+    "The file holds the painted slide: every spot within a pixel, every abundance as it was."
+    factory, (_, slide, table) = DataFactory(path), painted
+    spots = factory.spots[factory.spots.slide.eq(name)]
+    assert sorted(factory.cell_types) == sorted(TYPES) and len(spots) == len(slide.xy)
+    near = np.abs(spots[["x", "y"]].to_numpy()[:, None] - slide.xy * scale).max(-1)
+    assert (near.min(1) <= 1).all() and len(set(near.argmin(1))) == len(spots)
+    with h5py.File(path) as h5: barcodes = [b.decode() for b in h5[f"barcodes/Train/{name}"]]
+    key = {b.removesuffix("-1"): i for i, b in enumerate(table.index)}
+    assert np.allclose(spots[factory.targets].to_numpy(), table[factory.cell_types].to_numpy()[[key[b.removesuffix("-1")] for b in barcodes]], rtol=1e-9)
+    assert abs(factory.slides[name].um_per_px / (slide.geo.um / scale) - 1) < .01
+    return factory
+
+
+# ---- folders ----
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_each_version_of_the_folder(version, outs, painted, tmp_path):
+    table = pd.read_csv(outs/"outs/spatial/tissue_positions.csv")
+    (outs/"outs/spatial/tissue_positions.csv").unlink()
+    assert write_positions(outs/"outs/spatial", table, version).name == POSITIONS[3 - version]
+    result = import_visium(outs/"outs", outs/"proportions.csv", tmp_path/"a.h5")
+    same_as_painted(tmp_path/"a.h5", painted)
+    assert not result.warnings and result.cell_types == list(TYPES)
+
+
+def test_header_decides_not_the_name(outs, tmp_path):
+    spatial = outs/"outs/spatial"
+    before = read_positions(spatial/"tissue_positions.csv")
+    (spatial/"tissue_positions.csv").rename(spatial/"tissue_positions_list.csv")
+    assert read_positions(spatial/"tissue_positions_list.csv").equals(before)
+    pd.read_csv(spatial/"tissue_positions_list.csv").to_csv(spatial/"tissue_positions.csv", header=False, index=False)
+    assert read_positions(spatial/"tissue_positions.csv").equals(before)
+
+
+@pytest.mark.parametrize("place", [".", "outs", "outs/spatial"])
+def test_the_folder_is_found_from_three_places(place, painted): assert len(read_outs(painted[0]/place).positions) > 100
+
+
+def visium_hd(folder, painted):
+    "Bins of 16 and 50 µm on a square lattice, as Visium HD lays them out."
+    source, um = painted[0]/"outs/spatial", painted[1].geo.um
+    for bins in (16, 50):
+        spatial = folder/f"binned_outputs/square_{bins:03d}um/spatial"
+        shutil.copytree(source, spatial, ignore=shutil.ignore_patterns("tissue_positions*"))
+        r, c = np.mgrid[:10, :12].reshape(2, -1)
+        write_positions(spatial, pd.DataFrame(dict(zip(COLUMNS, ([f"s_{bins:03d}um_{i:05d}_{j:05d}-1" for i, j in zip(r, c)], np.ones(120, int), r, c, 300 + r * bins / um, 300 + c * bins / um)))), 3)
+        (spatial/"scalefactors_json.json").write_text(json.dumps(dict(bin_size_um=bins, microns_per_pixel=um, spot_diameter_fullres=bins / um, tissue_hires_scalef=.5, tissue_lowres_scalef=.2)))
+    return folder
+
+
+def test_visium_hd(painted, tmp_path):
+    folder = visium_hd(tmp_path/"hd", painted)
+    with pytest.raises(BadInput, match="bins of 16, 50 µm; choose one with bin_um"): read_outs(folder)
+    with pytest.raises(BadInput, match="no bins of 8"): read_outs(folder, 8)
+    source = read_outs(folder, 50)
+    table = pd.DataFrame(np.random.default_rng(0).random((120, 3)), index=[b.removesuffix("-1") for b in source.positions.barcode], columns=list("abc"))
+    import_visium(folder, table, tmp_path/"hd.h5", bin_um=50)
+    info = DataFactory(tmp_path/"hd.h5").slides["S_1"]
+    assert info.lattice == "square" and abs(info.um_per_px - 2 * painted[1].geo.um) < 1e-9
+    with pytest.raises(BadInput, match="px apart in this picture"): import_visium(folder, None, tmp_path/"no.h5", split="Test", bin_um=16, image="lowres")
+
+
+# ---- scale ----
+def test_lattice_is_the_ruler_and_the_diameter_its_witness(painted):
+    positions, um = read_outs(painted[0]).positions[["x", "y"]], painted[1].geo.um
+    for diameter, warns in ((65, 0), (55, 0), (40, 1), (90, 1)):
+        found, _, warned = physical_scale(positions, dict(spot_diameter_fullres=diameter / um))
+        assert abs(found / um - 1) < .005 and len(warned) == warns
+    assert abs(physical_scale(positions[:2], dict(spot_diameter_fullres=65 / um))[0] - um) < 1e-9
+    assert np.isnan(physical_scale(positions[:2], {})[0])
+
+
+# ---- pictures ----
+@pytest.mark.parametrize("kind,scale", [("auto", .5), ("hires", .5), ("lowres", .2), ("tif", 1), ("png", 1), ("jpg", 1), ("rgba", 1)])
+def test_each_picture(kind, scale, painted, tmp_path):
+    image = kind
+    if scale == 1:
+        image = tmp_path/f"full.{kind.replace('rgba', 'png')}"
+        pixels = read_rgb(painted[0]/"full_resolution.tif")
+        Image.fromarray(np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)]) if kind == "rgba" else pixels).save(image, **dict(quality=95) if kind == "jpg" else {})
+    result = import_visium(painted[0], painted[0]/"proportions.csv", tmp_path/"a.h5", image=image)
+    factory = same_as_painted(tmp_path/"a.h5", painted, scale)
+    if scale == 1: assert np.abs(factory.read_slide("S_1").astype(int) - read_rgb(painted[0]/"full_resolution.tif")).mean() < (4 if kind == "jpg" else 1e-9)
+    assert (result.height, result.width) == factory.read_slide("S_1").shape[:2]
+    with h5py.File(tmp_path/"a.h5") as h5:
+        stored = h5["images/Train/S_1"]
+        assert stored.dtype == np.uint8 and stored.chunks and abs(stored.attrs["spot_diameter_px"] * stored.attrs["um_per_px"] - 55) < 1e-9
+
+
+def test_a_large_picture_is_no_bomb(painted, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_rgb(painted[0]/"full_resolution.tif").shape[2] == 3 and Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_copy_at_another_size_needs_its_scale(painted, tmp_path):
+    Image.open(painted[0]/"full_resolution.tif").reduce(4).save(tmp_path/"quarter.png")
+    with pytest.raises(BadInput, match="give scale=0.25"): import_visium(painted[0], painted[0]/"proportions.csv", tmp_path/"a.h5", image=tmp_path/"quarter.png")
+    import_visium(painted[0], painted[0]/"proportions.csv", tmp_path/"a.h5", image=tmp_path/"quarter.png", scale=.25)
+    same_as_painted(tmp_path/"a.h5", painted, .25)
+
+
+def test_a_larger_picture_can_be_reduced(painted, tmp_path):
+    import_visium(painted[0], painted[0]/"proportions.csv", tmp_path/"a.h5", image=painted[0]/"full_resolution.tif", reduce_to=4 * painted[1].geo.um)
+    same_as_painted(tmp_path/"a.h5", painted, .25)
+
+
+def test_tiff_that_pillow_cannot_read(painted, tmp_path):
+    pixels = read_rgb(painted[0]/"full_resolution.tif")
+    tifffile = need("tifffile")
+    tifffile.imwrite(tmp_path/"deep.tif", pixels.astype(np.uint16) * 257, photometric="rgb")
+    tifffile.imwrite(tmp_path/"big.tif", np.moveaxis(pixels, -1, 0), photometric="rgb", planarconfig="separate", bigtiff=True)
+    for name in ("deep.tif", "big.tif"): assert np.array_equal(read_rgb(tmp_path/name), pixels), name
+
+
+def test_without_tifffile_the_error_names_it(tmp_path, monkeypatch):
+    (tmp_path/"odd.tif").write_bytes(b"II*\0" + b"\0" * 60)
+    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
+    with pytest.raises(BadInput, match="pip install tifffile"): read_rgb(tmp_path/"odd.tif")
+
+
+# ---- tables ----
+def styles(table):
+    "The same abundances as each method would export them: name -> function of a path, suffix of the path."
+    rows = table.rename_axis("barcode")
+    c2l = table.rename(columns=lambda c: f"q05cell_abundance_w_sf_{c}")
+    posterior = pd.concat([table.add_prefix("meanscell_abundance_w_sf_") * 2, c2l, table.add_prefix("stdscell_abundance_w_sf_")], axis=1)
+    melted = rows.reset_index().melt("barcode", var_name="cell_type", value_name="proportion")
+    r = lambda t: t.rename(index=lambda b: b.replace("-", "."))
+    return dict(
+        wide=(lambda p: rows.to_csv(p), "csv"), unnamed=(lambda p: table.to_csv(p), "csv"), semicolons=(lambda p: rows.to_csv(p, sep=";"), "csv"), gzipped=(lambda p: rows.to_csv(p), "csv.gz"),
+        parquet=(lambda p: rows.reset_index().to_parquet(p), "parquet"), cell2location=(lambda p: c2l.to_csv(p), "csv"),
+        cell2location_obs=(lambda p: posterior.assign(sample="a", n_counts=5, total_counts=7.).rename_axis("spot_id").to_csv(p), "csv"),
+        stereoscope=(lambda p: table.to_csv(p, sep="\t"), "tsv"), rctd=(lambda p: table.to_csv(p, quoting=2), "csv"), rctd_text=(lambda p: table.to_csv(p, sep=" ", index_label=False, quoting=2), "txt"),
+        card=(lambda p: rows.assign(x=1, y=2).to_csv(p), "csv"), card_mangled=(lambda p: r(table).to_csv(p), "csv"), sideways=(lambda p: table.T.to_csv(p), "csv"),
+        long=(lambda p: melted.to_csv(p, index=False), "csv"), long_indexed=(lambda p: melted.to_csv(p), "csv"),
+        long_other_names=(lambda p: melted.set_axis(["spot", "celltype", "weight"], axis=1).sample(frac=1, random_state=0).to_csv(p, index=False, sep="\t"), "tsv"),
+        other_order=(lambda p: rows.iloc[::-1].to_csv(p), "csv"), no_suffix=(lambda p: rows.rename(index=lambda b: b[:-2]).to_csv(p), "csv"),
+        merged=(lambda p: rows.rename(index=lambda b: f"slideA_{b}_3").to_csv(p), "csv"))
+
+
+STYLES = sorted(styles(pd.DataFrame(dict(a=[1.]), index=["A-1"])))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_each_style_of_table(style, painted, tmp_path):
+    write, suffix = styles(painted[2])[style]
+    write(tmp_path/f"table.{suffix}")
+    import_visium(painted[0], tmp_path/f"table.{suffix}", tmp_path/"a.h5")
+    same_as_painted(tmp_path/"a.h5", painted)
+
+
+def test_a_sparse_long_table_counts_what_is_not_listed(painted, tmp_path):
+    long = painted[2].rename_axis("barcode").reset_index().melt("barcode", var_name="cell_type", value_name="value").query("value > .01")
+    long.to_csv(tmp_path/"long.csv", index=False)
+    result = import_visium(painted[0], tmp_path/"long.csv", tmp_path/"a.h5")
+    assert any("not listed and count as 0" in s for s in result.said)
+    assert np.isclose(DataFactory(tmp_path/"a.h5").spots.filter(regex=r"C\d").sum().sum(), long.value.sum())
+
+
+def test_one_of_several_samples(painted, tmp_path):
+    table = painted[2].rename_axis("barcode")
+    pd.concat([table.assign(slide="one"), (table * 3).assign(slide="two")]).to_csv(tmp_path/"two.csv")
+    pd.concat([table.rename(index=lambda b: f"one_{b}"), (table * 3).rename(index=lambda b: f"two_{b}")]).to_csv(tmp_path/"names.csv")
+    for name in ("two.csv", "names.csv"):
+        with pytest.raises(BadInput, match="choose one with sample"): import_visium(painted[0], tmp_path/name, tmp_path/"a.h5", overwrite=True)
+        import_visium(painted[0], tmp_path/name, tmp_path/"a.h5", sample="one", overwrite=True)
+        same_as_painted(tmp_path/"a.h5", painted)
+        with pytest.raises(BadInput, match="no row of sample 'three'"): import_visium(painted[0], tmp_path/name, tmp_path/"b.h5", sample="three")
+
+
+def test_spots_without_a_row_are_left_out_and_said(painted, tmp_path):
+    result = import_visium(painted[0], painted[2].iloc[5:], tmp_path/"a.h5")
+    n = len(painted[2])
+    assert result.spots == n - 5 and any(f"{n - 5} of {n} spots" in s for s in result.said)
+    with pytest.raises(BadInput, match="is it the table of this slide"): import_visium(painted[0], painted[2].iloc[:n // 3], tmp_path/"b.h5")
+
+
+# ---- several slides ----
+def test_second_slide_is_matched_by_name(painted, tmp_path):
+    out = tmp_path/"a.h5"
+    import_visium(painted[0], painted[2], out, patient="P1", append=True)                         # append begins a file that is not there
+    import_visium(painted[0], painted[2][painted[2].columns[::-1]], out, append=True, name="B", patient="P1")
+    import_visium(painted[0], None, out, append=True, split="Test")
+    factory = same_as_painted(out, painted)
+    same_as_painted(out, painted, name="B")
+    assert factory.names("Train") == ["B", "S_1"] and factory.names("Test") == ["S_2"] and factory.slides["B"].patient == "P1"
+    assert factory.spots[factory.spots.slide.eq("S_2")][factory.targets].isna().all().all()
+
+
+def test_a_test_slide_may_come_first(painted, tmp_path):
+    result = import_visium(painted[0], None, tmp_path/"a.h5", split="Test", name="T")
+    assert "no training slide yet" in result.warnings[-1]
+    import_visium(painted[0], painted[2], tmp_path/"a.h5", append=True)
+    same_as_painted(tmp_path/"a.h5", painted)
+
+
+def test_a_failed_import_leaves_the_file_as_it_was(painted, tmp_path, monkeypatch):
+    out = tmp_path/"a.h5"
+    import_visium(painted[0], painted[2], out)
+    before = out.read_bytes()
+    bad = [(painted[2].rename(columns={"B cells": "b"}), {}, "lacks, 'B cells'"), (painted[2].assign(new=1.), {}, "only this table has 'new'"), (painted[2], dict(name="S_1"), "already has a slide S_1"),
+           (painted[2], dict(name="a/b"), "cannot name a slide"), (-painted[2], {}, "negative")]
+    for table, options, message in bad:
+        with pytest.raises(BadInput, match=message): import_visium(painted[0], table, out, append=True, **options)
+    for function in ("put_slide", "DataFactory"):
+        with monkeypatch.context() as m:
+            m.setattr(own_slides, function, lambda *a, **k: 1 / 0)
+            for options in (dict(append=True), dict(overwrite=True)):
+                with pytest.raises(ZeroDivisionError): import_visium(painted[0], painted[2], out, **options)
+    assert out.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+    import_visium(painted[0], painted[2], out, append=True)
+    assert DataFactory(out).names() == ["S_1", "S_2"]
+
+
+# ---- what is refused ----
+def edit_positions(change):
+    def edit(outs):
+        path = outs/"outs/spatial/tissue_positions.csv"
+        change(pd.read_csv(path)).to_csv(path, index=False)
+    return edit
+
+
+def edit_factors(**new):
+    def edit(outs):
+        path = outs/"outs/spatial/scalefactors_json.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | new))
+    return edit
+
+
+def edit_table(change):
+    def edit(outs): change(pd.read_csv(outs/"proportions.csv", index_col=0)).to_csv(outs/"proportions.csv")
+    return edit
+
+
+def drop(*names):
+    def edit(outs):
+        for n in names: (outs/"outs/spatial"/n).unlink()
+    return edit
+
+
+REFUSED = {
+    "no positions": (drop("tissue_positions.csv"), {}, "is no Space Ranger output.*it holds scalefactors_json.json"),
+    "no scale factors": (drop("scalefactors_json.json"), {}, "has no scalefactors_json.json"),
+    "no picture": (drop("tissue_hires_image.png", "tissue_lowres_image.png"), {}, "neither tissue_hires_image.png nor"),
+    "no hires": (drop("tissue_hires_image.png"), dict(image="hires"), "use image=lowres"),
+    "unknown column": (edit_positions(lambda t: t.rename(columns=dict(pxl_row_in_fullres="pxl_row_in_full"))), {}, "is it 'pxl_row_in_full'"),
+    "word for a number": (edit_positions(lambda t: t.assign(pxl_row_in_fullres=["?"] + list(t.pxl_row_in_fullres[1:]))), {}, "row 0 is '\\?', not a number"),
+    "nothing in tissue": (edit_positions(lambda t: t.assign(in_tissue=0)), {}, "no spot is in tissue"),
+    "barcode twice": (edit_positions(lambda t: pd.concat([t, t[:1]])), {}, "given twice"),
+    "rows and columns swapped": (edit_positions(lambda t: t.assign(pxl_row_in_fullres=t.pxl_row_in_fullres * 3)), {}, "lie outside"),
+    "scale of another picture": (edit_factors(tissue_hires_scalef=1.9), {}, "another resolution"),
+    "much too small a picture": (edit_factors(tissue_hires_scalef=.02), {}, "px apart in this picture"),
+    "no factor": (edit_factors(tissue_hires_scalef=None), {}, "no positive number tissue_hires_scalef"),
+    "broken picture": (lambda o: (o/"outs/spatial/tissue_hires_image.png").write_bytes(b"\x89PNG broken"), {}, "cannot be read as a picture"),
+    "broken factors": (lambda o: (o/"outs/spatial/scalefactors_json.json").write_text("{"), {}, "not readable JSON"),
+    "factors in a list": (lambda o: (o/"outs/spatial/scalefactors_json.json").write_text("[1]"), {}, "not a table of factors"),
+    "negative": (edit_table(lambda t: -t), {}, "negative"),
+    "missing": (edit_table(lambda t: t.mask(t > t.max().max() - 1e-9)), {}, "not a finite number"),
+    "all missing": (edit_table(lambda t: t.assign(**{t.columns[0]: np.nan})), {}, "not a finite number"),
+    "decimal commas": (edit_table(lambda t: t.map(lambda v: f"{v:.3f}".replace("0.1", "0,1"))), {}, "mixes numbers and words"),
+    "other barcodes": (edit_table(lambda t: t.set_axis([f"{i}x{i}" for i in range(len(t))])), {}, "table's like 0x0"),
+    "no numbers": (edit_table(lambda t: t.map(lambda v: "many")), {}, "no column of numbers"),
+    "doublets of RCTD": (edit_table(lambda t: t.assign(spot_class="singlet")), {}, "export the weights"),
+    "spot twice": (edit_table(lambda t: pd.concat([t, t[:1]])), {}, "given twice"),
+    "no table": (lambda o: (o/"proportions.csv").unlink(), {}, "does not exist"),
+    "empty table": (lambda o: (o/"proportions.csv").write_text(""), {}, "not a readable table"),
+    "header alone": (edit_table(lambda t: t[:0]), {}, "holds no row"),
+    "more fields than names": (lambda o: (o/"proportions.csv").write_text("barcode,a\nAAAA,1,2,3\n"), {}, "more fields than"),
+    "no table named": (lambda o: None, dict(targets=None), "needs targets"),
+    "unknown format": (lambda o: (o/"proportions.csv").write_bytes(bytes(range(128, 256)) * 9), {}, "not a readable table"),
+    "no such picture": (lambda o: None, dict(image="full.tif"), "is no file"),
+    "file for a folder": (lambda o: None, dict(outs="proportions.csv"), "is not a folder"),
+    "no such folder": (lambda o: None, dict(outs="elsewhere"), "does not exist"),
+    "split": (lambda o: None, dict(split="train"), "did you mean 'Train'"),
+    "both ways": (lambda o: None, dict(append=True, overwrite=True), "choose one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line(case, outs, tmp_path):
+    edit, options, message = REFUSED[case]
+    edit(outs)
+    arguments = dict(outs=outs, targets=outs/"proportions.csv", out=tmp_path/"no.h5") | options
+    if "outs" in options: arguments["outs"] = outs/options["outs"]
+    with pytest.raises(BadInput, match=message) as error: import_visium(**arguments)
+    assert "\n" not in str(error.value) and not (tmp_path/"no.h5").exists()
+
+
+def test_an_existing_file_is_not_replaced_unasked(painted, tmp_path):
+    (tmp_path/"a.h5").write_text("something else")
+    with pytest.raises(BadInput, match="exists; add this slide"): import_visium(painted[0], painted[2], tmp_path/"a.h5")
+    with pytest.raises(BadInput, match="not a readable HDF5"): import_visium(painted[0], painted[2], tmp_path/"a.h5", append=True)
+    assert (tmp_path/"a.h5").read_text() == "something else"
+
+
+def test_the_wrong_picture_is_noticed(outs, tmp_path):
+    hires = outs/"outs/spatial/tissue_hires_image.png"
+    Image.fromarray(255 - np.asarray(Image.open(hires)) // 8 * 0 - 3).save(hires)                    # bare glass
+    assert any("lie on tissue" in w for w in import_visium(outs, outs/"proportions.csv", tmp_path/"a.h5").warnings)
+
+
+def test_damage_at_random_gives_a_line_or_a_good_file(outs, tmp_path):
+    "Bytes of each file changed, cut and doubled: an import says what is wrong, or what it writes can be opened."
+    rng, files = np.random.default_rng(0), [outs/"proportions.csv", *(outs/"outs/spatial"/n for n in ("tissue_positions.csv", "scalefactors_json.json"))]
+    whole = {f: f.read_bytes() for f in files}
+    for i in range(150):
+        file = files[i % 3]; data = bytearray(whole[file])
+        at, n = int(rng.integers(len(data))), int(rng.integers(1, 40))
+        kind = rng.integers(4)
+        if kind == 0: data[at:at + n] = rng.integers(0, 256, min(n, len(data) - at), dtype=np.uint8).tobytes()
+        elif kind == 1: del data[at:]
+        elif kind == 2: data[at:at] = data[at:at + n]
+        else: data[at:at + 1] = rng.choice([b",", b"\n", b"-", b"nan", b'"', b"e9", b"\0", b"\t"])
+        file.write_bytes(bytes(data))
+        try: import_visium(outs, outs/"proportions.csv", tmp_path/"a.h5", overwrite=True)
+        except BadInput as e: assert "\n" not in str(e)
+        else: DataFactory(tmp_path/"a.h5")
+        file.write_bytes(whole[file])
+
+
+# ---- .h5ad ----
+@pytest.fixture
+def two_slides(painted, tmp_path):
+    "A factory with two training slides."
+    for k in range(2): import_visium(painted[0], painted[2] * (k + 1), tmp_path/"two.h5", append=True)
+    return DataFactory(tmp_path/"two.h5")
+
+
+def test_h5ad_round_trip(painted, two_slides, tmp_path):
+    path, want = tmp_path/"p.h5ad", two_slides.spots[two_slides.spots.slide.eq("S_2")]
+    write_h5ad(path, two_slides, two_slides.spots[two_slides.targets])
+    with h5py.File(path, "a") as h5:
+        names = _text(h5["obs/_index"][()])
+        put_element(h5["obsm"], "prop", pd.DataFrame(h5["X"][()], columns=_text(h5["var/_index"][()]), index=names))
+        put_element(h5["obsm"], "bare", h5["X"][()])
+        for j, t in enumerate(TYPES): put_element(h5["obs"], f"type {t}", h5["X"][:, j])
+        h5["obs"].attrs["column-order"] = [*h5["obs"].attrs["column-order"], *(f"type {t}" for t in TYPES)]
+    with pytest.raises(BadInput, match="choose one with library"): import_visium(path, "prop", tmp_path/"b.h5")
+    for key in ("prop", "obs:type "):
+        import_visium(path, key, tmp_path/"b.h5", library="S_2", overwrite=True)
+        back = DataFactory(tmp_path/"b.h5")
+        assert np.array_equal(back.spots[["x", "y", *back.targets]], want[["x", "y", *back.targets]]) and back.cell_types == list(TYPES)
+        assert np.array_equal(back.read_slide("S_1"), two_slides.read_slide("S_2")) and np.isclose(back.slides["S_1"].um_per_px, two_slides.slides["S_2"].um_per_px)
+    for key, message in (("propp", "did you mean 'prop'"), ("bare", "without names"), ("obs:none", "no column of obs begins"), (None, "needs targets")):
+        with pytest.raises(BadInput, match=message): import_visium(path, key, tmp_path/"c.h5", library="S_2")
+    with pytest.raises(BadInput, match="did you mean 'S_2'"): read_h5ad_slide(path, "s_2")
+    import_visium(path, None, tmp_path/"t.h5", library="S_1", split="Test")
+
+
+def test_h5ad_refuses(two_slides, tmp_path):
+    with pytest.raises(BadInput, match="has no obs"):
+        h5py.File(tmp_path/"empty.h5ad", "w").close(); import_visium(tmp_path/"empty.h5ad", "a", tmp_path/"b.h5")
+    (tmp_path/"text.h5ad").write_text("no")
+    with pytest.raises(BadInput, match="not a readable HDF5"): import_visium(tmp_path/"text.h5ad", "a", tmp_path/"b.h5")
+    n = len(two_slides.spots)
+    for values, names, message in ((np.ones((n - 1, 8)), None, "fit neither"), (np.ones((n, 7)), None, "have shape"), (np.full((n, 8), np.nan), None, "not finite"), (np.ones((n, 8)), ["S_9"], "unknown slide")):
+        with pytest.raises(BadInput, match=message): write_h5ad(tmp_path/"no.h5ad", two_slides, values, names)
+    assert not (tmp_path/"no.h5ad").exists()
+
+
+def test_a_large_slide_gets_a_smaller_picture(painted, tmp_path, monkeypatch):
+    import_visium(painted[0], painted[2], tmp_path/"a.h5", image=painted[0]/"full_resolution.tif")
+    factory = DataFactory(tmp_path/"a.h5")
+    entry = own_slides.library_entry(factory, "S_1", most=200)
+    assert max(entry["images"]["hires"].shape) == 200 and np.isclose(entry["scalefactors"]["tissue_hires_scalef"], 200 / 800, rtol=.02)
+    assert np.isclose(entry["scalefactors"]["spot_diameter_fullres"] * factory.slides["S_1"].um_per_px, 55)
+
+
+def test_anndata_reads_what_is_written_and_writes_what_is_read(two_slides, tmp_path):
+    anndata = need("anndata")
+    values = np.random.default_rng(0).random((len(two_slides.spots), 8))
+    a = anndata.read_h5ad(write_h5ad(tmp_path/"a.h5ad", two_slides, values))
+    assert np.array_equal(a.X, values) and list(a.var_names) == list(TYPES) and list(a.uns["spatial"]) == ["S_1", "S_2"]
+    assert np.array_equal(a.obsm["spatial"], two_slides.spots[["x", "y"]]) and np.array_equal(a.layers["abundance"], two_slides.spots[two_slides.targets])
+    assert a.obs_names.is_unique and str(a.obs.library_id.dtype) == "category" and a.obs_names[0].startswith("S_1_") and a.obs_names[0].endswith("-1")
+    assert np.array_equal(a.uns["spatial"]["S_1"]["images"]["hires"], two_slides.read_slide("S_1")) and a.uns["spatial"]["S_1"]["scalefactors"]["tissue_hires_scalef"] == 1
+    a.obsm["q05_cell_abundance_w_sf"] = pd.DataFrame(a.X, index=a.obs_names, columns=[f"q05cell_abundance_w_sf_{t}" for t in TYPES])
+    a.obsm["means"], a.uns["mod"] = a.X, dict(factor_names=np.array(TYPES))
+    for j, t in enumerate(TYPES): a.obs[f"q05cell_abundance_w_sf_{t}"] = values[:, j]
+    a.write_h5ad(tmp_path/"b.h5ad")
+    for key in ("q05_cell_abundance_w_sf", "means", "obs"):
+        import_visium(tmp_path/"b.h5ad", key, tmp_path/"b.h5", library="S_1", overwrite=True)
+        b = DataFactory(tmp_path/"b.h5")
+        assert np.allclose(b.spots[b.targets], values[:len(values) // 2]) and b.cell_types == list(TYPES)
+
+
+def test_export_of_a_run(demo_file, tmp_path):
+    factory = DataFactory(demo_file)
+    train, test = (factory.spots[factory.spots.split.eq(p)] for p in ("Train", "Test"))
+    run = tmp_path/"run"; run.mkdir()
+    with pytest.raises(BadInput, match="has no run.json"): export_run(run, tmp_path/"a.h5ad")
+    (run/"run.json").write_text(json.dumps(dict(parameters=dict(data_path=demo_file))))
+    factory.spots.assign(on_tissue=True, fold=0).to_parquet(run/"spots.parquet")
+    pd.DataFrame(np.arange(len(test))[:, None] * np.ones(35) + .5, columns=factory.targets).rename_axis("ID").reset_index().to_csv(run/"submission.csv", index=False)
+    train[["slide", "ID", "x", "y", *factory.targets]].sample(frac=1, random_state=0).to_parquet(run/"oof.parquet")
+    export_run(run, tmp_path/"a.h5ad")
+    with h5py.File(tmp_path/"a.h5ad") as h5:
+        order = factory.spots.split.eq("Test").to_numpy()
+        assert np.allclose(h5["X"][~order], train[factory.targets]) and np.allclose(h5["X"][order, 0], np.arange(len(test)) + .5)
+        assert set(_text(h5["obs/predicted"][()])) == {"submission", "out of fold"} and set(h5["uns/spatial"]) == set(factory.slides)
+    from histokit.explore import Look
+    assert Look(run).kinds == ("truth", "prediction", "difference") and np.isfinite(Look(run).predicted).all()
+    (run/"oof.parquet").unlink(); export_run(run, tmp_path/"b.h5ad")
+    with h5py.File(tmp_path/"b.h5ad") as h5: assert list(h5["uns/spatial"]) == factory.names("Test")

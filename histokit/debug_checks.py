@@ -8,7 +8,7 @@ __all__ = ['LEVELS', 'MOST_SPOTS', 'MOST_PIXELS', 'STYLE', 'COLOURS', 'Finding',
            'look_at', 'pixel_findings', 'tissue_share', 'tissue_findings', 'lattice_turn', 'check_targets',
            'check_sparsity', 'check_scale', 'detail', 'same_pictures', 'between_slides', 'table_findings',
            'table_notes', 'constant_scores', 'tissue_colour', 'stain_findings', 'colour_pairs', 'listed_slides', 'View',
-           'slide_findings', 'read_views', 'check_file', 'compare_views', 'storage_notes', 'html_table',
+           'slide_findings', 'read_views', 'check_file', 'compare_views', 'storage_notes', 'Html', 'html_table',
            'html_findings', 'slide_rows', 'data_uri', 'spot_picture', 'html_pictures', 'colour_rows', 'view_targets',
            'target_rows', 'html_targets', 'html_part', 'report_page', 'write_report', 'check_images', 'reference_patch',
            'border_rows', 'check_centred', 'open_handles', 'same_items', 'check_dataset', 'coordinate_findings',
@@ -449,7 +449,7 @@ def listed_slides(
             out |= {(name, part): None for name in inner or ()}
     return list(out)
 
-# %% ../nbs/05_debug_checks.ipynb #3f3141c4
+# %% ../nbs/05_debug_checks.ipynb #ff32edd3
 @dataclass
 class View:
     "What could be read of a slide; None where it could not."
@@ -463,9 +463,9 @@ class View:
     look: Look = None
     share: float = float("nan")   # of the spots on tissue
 
-def _parts(h5, view, out):
+def _parts(h5, name, view, out):
     "The two datasets of a slide; what is known of them goes into the view."
-    spots, image = (attempt(out, "", lambda t=t: h5_child(h5_child(h5_child(h5, t), view.split), view.name, h5py.Dataset)) for t in ("spots", "images"))
+    spots, image = (attempt(out, "", lambda t=t: h5_child(h5_child(h5_child(h5, t), view.split), name, h5py.Dataset)) for t in ("spots", "images"))
     if image is not None: view.shape, view.dtype = image.shape, image.dtype
     if spots is None: return spots, image
     view.columns = spots.dtype
@@ -473,14 +473,14 @@ def _parts(h5, view, out):
     out += found
     return spots, image
 
-# %% ../nbs/05_debug_checks.ipynb #f62fb58c
+# %% ../nbs/05_debug_checks.ipynb #ea8d997a
 def slide_findings(
     h5, name: str, part: str,   # open file, slide, Train or Test
     budget: int,                # pixel values to read
 )->tuple:                       # findings, View
     "All that is wrong with one slide, and what could be read of it."
-    out, where, view = [], f"{part}/{name}", View(name, part)
-    spots, image = _parts(h5, view, out)
+    out, where, view = [], f"{part}/{name}", View(str(name), part)
+    spots, image = _parts(h5, name, view, out)
     if image is None: return out, view
     before = len(out); attempt(out, f"images/{where}", check_image, image)
     if len(out) > before: return out, view
@@ -495,7 +495,7 @@ def slide_findings(
     more, view.share = attempt(out, f"spots/{where}", tissue_findings, look, view.table, image.shape, f"spots/{where}") or ([], float("nan"))
     return out + more, view
 
-# %% ../nbs/05_debug_checks.ipynb #459cf914
+# %% ../nbs/05_debug_checks.ipynb #1b67a70a
 def read_views(
     path,                       # an HDF5 file in the competition's layout, or anything else
     budget: int = 1 << 28,      # pixel values to read in all, shared by the slides
@@ -506,7 +506,7 @@ def read_views(
     with h5:
         slides = attempt(out, "", listed_slides, h5, out) or []
         for name, part in slides:
-            found, view = attempt(out, f"{part}/{name}", slide_findings, h5, name, part, max(1 << 22, budget // len(slides))) or ([], View(name, part))
+            found, view = attempt(out, f"{part}/{name}", slide_findings, h5, name, part, max(1 << 22, budget // len(slides))) or ([], View(str(name), part))
             out += found; views.append(view)
     return out, views
 
@@ -534,24 +534,29 @@ def storage_notes(
     views,                      # list of View
 )->list:
     "How pictures and spots are stored."
-    pictures = Counter(f"{v.dtype} from {v.look.low:.3g} to {v.look.high:.3g}" for v in views if v.look is not None)
+    pictures = {}
+    for v in views: pictures.setdefault(str(v.dtype), []).extend([v.look.low, v.look.high] if v.look is not None else [])
     types = Counter(f"{c if c in ('x', 'y') else 'targets'} {v.columns[c]}" for v in views if v.columns is not None for c in v.columns.names or () if c in ("x", "y") or is_target(c))
-    out = [note("stored as " + ", ".join(f"{k} ({n})" for k, n in pictures.most_common(4)), where="images")] if pictures else []
+    ranges = [f"{k} from {min(r):.3g} to {max(r):.3g} ({len(r) // 2} slides)" for k, r in pictures.items() if r]
+    out = [note("stored as " + ", ".join(ranges), where="images")] if ranges else []
     return out + ([note("stored as " + ", ".join(k for k, _ in types.most_common(6)), where="spots")] if types else [])
 
-# %% ../nbs/05_debug_checks.ipynb #ec724f49
+# %% ../nbs/05_debug_checks.ipynb #b5a750a2
 def _text(value)->str:
     "A value as HTML text; what is not known is a dash."
     if value is None or isinstance(value, float) and not np.isfinite(value): return "–"
     text = f"{value:.3g}" if isinstance(value, (float, np.floating)) else str(value)
     return html.escape(text.encode("utf-8", "backslashreplace").decode())
 
+class Html(str):
+    "Text that is HTML already; nothing that comes from a file is."
+
 def html_table(
-    rows,            # list of dictionaries with the same keys; a value that is bytes is HTML already
+    rows,            # list of dictionaries with the same keys
 )->str:
     "A table, everything escaped."
     if not rows: return "<p class=none>none</p>"
-    cell = lambda v: v.decode() if isinstance(v, bytes) else _text(v)
+    cell = lambda v: v if isinstance(v, Html) else _text(v)
     head = "".join(f"<th>{_text(k)}</th>" for k in rows[0])
     return f"<div class=wide><table><tr>{head}</tr>" + "".join("<tr>" + "".join(f"<td>{cell(v)}</td>" for v in r.values()) + "</tr>" for r in rows) + "</table></div>"
 
@@ -623,7 +628,7 @@ def html_pictures(
     more = f"<p class=none>no room for {_text(', '.join(left[:20]))}</p>" if left else ""
     return f"<div class=pictures>{''.join(out)}</div>{more}" if out else "<p class=none>no picture could be read</p>"
 
-# %% ../nbs/05_debug_checks.ipynb #fb0daa39
+# %% ../nbs/05_debug_checks.ipynb #671c0601
 def colour_rows(
     views,           # list of View
 )->list:
@@ -633,7 +638,7 @@ def colour_rows(
     for n, r in colour.items():
         apart = [d for p, d in pairs.items() if n in p]
         paint = "" if r["rgb"] is None else f"<span class=swatch style='background:rgb({','.join(str(int(c)) for c in r['rgb'])})'></span>"
-        rows.append({"slide": n, "tissue colour": paint.encode(), **{f"OD {c}": None if r["od"] is None else round(float(v), 3) for c, v in zip(("red", "green", "blue"),
+        rows.append({"slide": n, "tissue colour": Html(paint), **{f"OD {c}": None if r["od"] is None else round(float(v), 3) for c, v in zip(("red", "green", "blue"),
             r["od"] if r["od"] is not None else (0, 0, 0))}, "tissue, share": f"{r['tissue_share']:.0%}", "ΔE to the others": float(np.mean(apart)) if apart else None,
             "stain": "measured" if r["ok"] else r["reason"]})
     return rows

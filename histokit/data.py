@@ -526,13 +526,13 @@ def assign_folds(
         of[group] = k = len(of) if n == len(sizes) else int(load.argmin()); load[k] += sizes[group]
     return np.where(spots.split.eq("Train"), spots[split].map(of).fillna(-1), -1).astype(int)
 
-# %% ../nbs/00_data.ipynb #81bc8374
+# %% ../nbs/00_data.ipynb #f397eed7
 def spatial_blocks(
     xy,               # (n, 2) positions
     n_blocks: int,    # a power of two
 )->np.ndarray:        # (n,) int block of each spot
     "Blocks of equal numbers of spots, by halving along the longer side again and again."
-    if n_blocks == 1: return np.zeros(len(xy), int)
+    if n_blocks == 1 or len(xy) < 2: return np.zeros(len(xy), int)
     axis = np.ptp(xy, axis=0).argmax()
     upper = rankdata(xy[:, axis], method="ordinal") > len(xy) / 2
     out = np.empty(len(xy), int)

@@ -292,7 +292,7 @@ def _run_stage(run, stage, params, before, force, show, label):
     show(f"    {took['seconds']:.0f} s, {took['peak_mb']} MB")
     return key
 
-# %% ../nbs/06_pipeline.ipynb #349a2362
+# %% ../nbs/06_pipeline.ipynb #1aef5dc6
 def demo_run()->Path:
     "A finished run of the demo to show: `$HISTOKIT_DEMO_RUN`, `runs/demo` of the clone, or else one at smoke size, made now and kept."
     from histokit.core import cache_dir
@@ -300,7 +300,7 @@ def demo_run()->Path:
     for run in (os.environ.get("HISTOKIT_DEMO_RUN"), assets("nbs").parent/"runs"/"demo"):
         if run and (Path(run)/"metrics.json").exists() and (Path(run)/"run.json").exists(): return Path(run)
     data = smoke_demo()
-    return run_pipeline("demo", [f"data_path={data}", f"truth_path={demo_paths(data).truth}", "epochs=2"], cache_dir()/"demo-run", show=lambda line: None)
+    return run_pipeline("demo", [f"data_path={data}", f"truth_path={demo_paths(data).truth}", "epochs=6"], cache_dir()/"demo-run", show=lambda line: None)
 
 # %% ../nbs/06_pipeline.ipynb #a5d6d1bb
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="From an H&E slide to a submission: notebooks that are library, test, pipeline and Kaggle kernel at once.")

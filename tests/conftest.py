@@ -6,7 +6,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 
-SMOKE = ["epochs=1", "stain_method=macenko", "views=none", "input_px=32", "smoothing=1"]   # the least that runs every stage
+SMOKE = ["epochs=4", "stain_method=macenko", "views=none", "input_px=32", "smoothing=1"]   # the least that runs every stage
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'TYPES', 'PATHS', 'KERNEL_ENVIRONMENT', 'app', 'kernels', 'Params', 'Json', 'RunDir', 'Force', 'List',
            'assets', 'find_recipe', 'stage_parameters', 'pipeline_parameters', 'typed', 'resolve', 'read_recipe',
            'absolute_paths', 'file_fingerprint', 'package_fingerprint', 'stage_key', 'is_done', 'run_notebook',
-           'run_lock', 'provenance', 'prepare_data', 'run_pipeline', 'demo_run', 'command', 'report', 'demo', 'run',
+           'run_lock', 'provenance', 'prepare_data', 'report', 'run_pipeline', 'demo_run', 'command', 'demo', 'run',
            'parameters', 'check', 'validate', 'score', 'stain', 'import_visium', 'export_h5ad', 'kernels_build',
            'kernels_check', 'main']
 
@@ -252,7 +252,20 @@ def prepare_data(
     if not factory.names("Test"): raise BadInput(f"{params['data_path']} has no slide in spots/Test, so there is nothing to predict; add one")
     return params
 
-# %% ../nbs/06_pipeline.ipynb #be27028f
+# %% ../nbs/06_pipeline.ipynb #72c2acb4
+def report(
+    run: Path,       # a finished run folder
+)->str:              # the ladders, and where things lie
+    "What a run has to say at its end."
+    import pandas as pd
+    from histokit.train import format_ladder
+    metrics, lines = read_json(run/"metrics.json"), []
+    titles = dict(oof="Training spots, each predicted by models that saw nothing of its slide:", test="Test spots, against their hidden truth:")
+    for part, title in titles.items():
+        if metrics.get(part): lines += ["", title, format_ladder(pd.DataFrame(metrics[part]))]
+    home = os.path.relpath(run)
+    return "\n".join([*lines, "", f"submission  {home}/submission.csv", f"figures     {home}/figures/", f"notebooks   {home}/*.ipynb"])
+
 def run_pipeline(
     recipe: str,              # path or name of a recipe
     overrides=(),             # "name=value", …
@@ -270,7 +283,11 @@ def run_pipeline(
         data = file_fingerprint(params["data_path"])
         with atomic(run/"params.yaml") as tmp: tmp.write_text(yaml.safe_dump(dict(recipe=file.stem, **params), sort_keys=False))
         key = hashlib.sha256((data + package_fingerprint() + "".join(file_fingerprint(params[p]) for p in ("weights", "truth_path") if Path(params[p]).is_file())).encode()).hexdigest()
-        for i, stage in enumerate(stages): key = _run_stage(run, stage, params, key, force, show, f"[{i + 1}/{len(stages)}] {stage}")
+        for i, stage in enumerate(stages):
+            try: key = _run_stage(run, stage, params, key, force, show, f"[{i + 1}/{len(stages)}] {stage}")
+            except BadInput:
+                if stage == STAGES[-1]: show(report(run))           # everything is made; what the checks object to is said after what was scored
+                raise
         done = read_json(run/"stages.json")
         write_json(run/"run.json", dict(recipe=file.stem, parameters=params, data_sha256=data, stages={s: {k: done[s][k] for k in ("seconds", "peak_mb")} for s in stages}, **provenance()))
     return run
@@ -302,7 +319,7 @@ def demo_run()->Path:
     data = smoke_demo()
     return run_pipeline("demo", [f"data_path={data}", f"truth_path={demo_paths(data).truth}", "epochs=6"], cache_dir()/"demo-run", show=lambda line: None)
 
-# %% ../nbs/06_pipeline.ipynb #a5d6d1bb
+# %% ../nbs/06_pipeline.ipynb #c5679c3c
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="From an H&E slide to a submission: notebooks that are library, test, pipeline and Kaggle kernel at once.")
 kernels = typer.Typer(no_args_is_help=True, help="Kaggle kernels: build and check.")
 app.add_typer(kernels, name="kernels")
@@ -321,19 +338,6 @@ def command(group=None, name=None):
 
 Params = Annotated[Optional[list[str]], typer.Option("-p", "--param", help="name=value; may be given several times")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
-
-def report(
-    run: Path,       # a finished run folder
-)->str:              # the ladders, and where things lie
-    "What a run has to say at its end."
-    import pandas as pd
-    from histokit.train import format_ladder
-    metrics, lines = read_json(run/"metrics.json"), []
-    titles = dict(oof="Training spots, each predicted by models that saw nothing of its slide:", test="Test spots, against their hidden truth:")
-    for part, title in titles.items():
-        if metrics.get(part): lines += ["", title, format_ladder(pd.DataFrame(metrics[part]))]
-    home = os.path.relpath(run)
-    return "\n".join([*lines, "", f"submission  {home}/submission.csv", f"figures     {home}/figures/", f"notebooks   {home}/*.ipynb"])
 
 # %% ../nbs/06_pipeline.ipynb #fa2cf0e1
 def _run(recipe, param, run_dir, force, as_json):

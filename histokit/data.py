@@ -10,8 +10,8 @@ __all__ = ['SPLITS', 'LATTICE_UM', 'open_h5', 'h5_child', 'slide_names', 'is_tar
            'inner_split', 'slide_blocks', 'neighbour_labels', 'on_tissue', 'show_slides', 'spots_on_tissue',
            'show_targets', 'rank_map', 'slide_values', 'move_spots', 'registration_modes', 'open_stage']
 
-# %% ../nbs/00_data.ipynb #740cd7d1
-import importlib, os, re
+# %% ../nbs/00_data.ipynb #503794a7
+import os, re
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -177,12 +177,14 @@ def lattice(
 
 LATTICE_UM = dict(hex=100., square=200.)   # pitch in µm: 10x Visium; Spatial Transcriptomics (Stahl 2016)
 
-# %% ../nbs/00_data.ipynb #3b5a29c3
+# %% ../nbs/00_data.ipynb #3a18ed99
 class Shown:
     "Something that shows itself as a small picture with facts where it ends a cell; drawn by `histokit.explore`."
     def __init__(self, text, what, *args): self.text, self.what, self.args = text, what, args
     def __repr__(self): return self.text
-    def _repr_html_(self): return getattr(importlib.import_module("histokit.explore"), self.what)(*self.args)
+    def _repr_html_(self):
+        import histokit.explore          # only when shown; nothing else here needs it
+        return getattr(histokit.explore, self.what)(*self.args)
 
 @dataclass(frozen=True)
 class SlideInfo:

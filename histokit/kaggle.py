@@ -30,7 +30,7 @@ def upload_text(
     cells = [{**c, "source": "".join(c["source"])} | (dict(outputs=[]) if "outputs" in c else {}) for c in notebook["cells"]]
     return json.dumps({**notebook, "cells": cells})
 
-# %% ../nbs/07_kaggle.ipynb #0d2dd2bc
+# %% ../nbs/07_kaggle.ipynb #c4885d67
 def needed_modules(
     texts,               # sources that import from histokit
     without=("kaggle",), # what the command line imports, and the kernel never runs
@@ -38,7 +38,7 @@ def needed_modules(
     "The modules of histokit that the sources import, directly or through one another."
     home, todo, found = Path(histokit.__file__).parent, list(texts), {"__init__"}
     while todo:
-        names = {m for m in re.findall(r"\bhistokit\.(\w+) import|\bimport histokit\.(\w+)", todo.pop()) for m in m if m} - found - {*without}
+        names = {m for m in re.findall(r"\bhistokit\.(\w+) import|\bimport histokit\.(\w+)|\bfrom \.(\w+) import", todo.pop()) for m in m if m} - found - {*without}
         todo += [(home/f"{m}.py").read_text(encoding="utf-8") for m in sorted(names)]; found |= names
     return sorted(found)
 

@@ -110,7 +110,7 @@ def test_carries_what_is_here(kernel):
     "The files in the notebook are the package's own, and it is small enough to be read."
     notebook = next(kernel.glob("*.ipynb"))
     assert carried(read_json(notebook)) == {n: s.rstrip("\n") + "\n" for n, s in cargo("resnet18").items()}
-    assert notebook.stat().st_size < 600_000
+    assert notebook.stat().st_size < 850_000          # Kaggle takes a million
 
 
 def test_committed_kernel_is_up_to_date():

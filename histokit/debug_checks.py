@@ -34,9 +34,11 @@ from .core import BadInput, atomic, choose, read_json
 from .data import (LATTICE_UM, DataFactory, HESpotDataset, SlideCache, assign_folds, check_columns, check_image, check_inside, check_split,
     check_values,
     cut_patch, SlideInfo, h5_child, is_target, lattice, normalised_coords, on_tissue, open_h5, patch_size, read_spots, resize, show_targets, slide_info)
-from .model import Loss, check_param_groups, load_model, param_groups, trial_step
+from .losses import Loss
+from .model import check_param_groups, load_model, param_groups, trial_step
 from .stain import colour_difference, measure, rgb_to_od, tissue_pixels
-from .train import held_out_constants, mean_spearman, dihedral
+from .metrics import held_out_constants, mean_spearman
+from .train import dihedral
 from .tta_smoothing import check_submission, read_submission
 
 # %% ../nbs/05_debug_checks.ipynb #f2077640

@@ -258,7 +258,7 @@ def report(
 )->str:              # the ladders, and where things lie
     "What a run has to say at its end."
     import pandas as pd
-    from histokit.train import format_ladder
+    from histokit.metrics import format_ladder
     metrics, lines = read_json(run/"metrics.json"), []
     titles = dict(oof="Training spots, each predicted by models that saw nothing of its slide:", test="Test spots, against their hidden truth:")
     for part, title in titles.items():
@@ -389,7 +389,7 @@ def validate(submission: Path, data: Annotated[Path, typer.Option(help="the HDF5
 def score(submission: Path, truth: Path, as_json: Json = False):
     "Score a submission against a truth of the same layout."
     from histokit.tta_smoothing import read_submission, score_submission
-    from histokit.train import bootstrap_interval, spearman_columns
+    from histokit.metrics import bootstrap_interval, spearman_columns
     s, t = read_submission(submission), read_submission(truth)
     each = score_submission(s, t); low, high = bootstrap_interval(each)
     columns = [c for c in t.columns if c != "ID"]

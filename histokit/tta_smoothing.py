@@ -14,7 +14,8 @@ from scipy.spatial import cKDTree
 
 from .core import BadInput, write_table
 from .data import lattice
-from .train import VIEWS, mean_spearman, predict
+from .metrics import mean_spearman
+from .train import VIEWS, predict
 
 # %% ../nbs/04_tta_smoothing.ipynb #e17fde5b
 def predict_views(
@@ -100,7 +101,7 @@ def score_submission(
     submission, truth,    # tables with ID, C1, …
 )->np.ndarray:            # (n,) Spearman of each spot
     "Per-spot scores of a submission against the truth, matched by ID."
-    from histokit.train import spearman_rows
+    from histokit.metrics import spearman_rows
     targets = [c for c in truth.columns if c != "ID"]
     check_submission(truth.sort_values("ID"), len(truth), targets, "truth"); check_submission(submission, len(truth), targets)
     return spearman_rows(submission[targets].to_numpy(), truth.sort_values("ID")[targets].to_numpy())

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from histokit.core import BadInput
-from histokit.model import (LOSSES, Loss, backbone_stages, check_param_groups, create_model, describe, load_model, param_groups, pick_engine, read_weights, row_correlation,
-                            save_model, soft_ranks, soft_spearman, start_at, trial_step)
+from histokit.losses import LOSSES, Loss, pick_engine, row_correlation, soft_ranks, soft_spearman
+from histokit.model import backbone_stages, check_param_groups, create_model, describe, load_model, param_groups, read_weights, save_model, start_at, trial_step
 
 TINY = ["test_resnet", "test_efficientnet", "test_convnext", "test_byobnet", "test_mambaout", "test_nfnet", "test_vit", "test_vit_relpos", "test_maxvit", "test_coatnet"]
 

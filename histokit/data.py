@@ -6,9 +6,10 @@
 __all__ = ['SPLITS', 'LATTICE_UM', 'open_h5', 'h5_child', 'slide_names', 'is_target', 'check_columns', 'read_spots',
            'check_values', 'read_slide', 'check_image', 'lattice', 'Shown', 'SlideInfo', 'check_inside', 'DataFactory',
            'slide_info', 'SlideCache', 'mirror', 'cut_patch', 'patch_size', 'normalised_coords', 'HESpotDataset',
-           'resize', 'show_patches', 'TargetTransform', 'assign_folds', 'spatial_blocks', 'block_split', 'check_split',
-           'inner_split', 'slide_blocks', 'neighbour_labels', 'on_tissue', 'show_slides', 'spots_on_tissue',
-           'show_targets', 'rank_map', 'slide_values', 'move_spots', 'registration_modes', 'open_stage']
+           'resize', 'show_patches', 'row_mean', 'TargetTransform', 'assign_folds', 'spatial_blocks', 'block_split',
+           'check_split', 'inner_split', 'slide_blocks', 'neighbour_labels', 'on_tissue', 'show_slides',
+           'spots_on_tissue', 'show_targets', 'rank_map', 'slide_values', 'move_spots', 'registration_modes',
+           'open_stage']
 
 # %% ../nbs/00_data.ipynb #503794a7
 import os, re
@@ -447,10 +448,24 @@ def show_patches(
         ax.imshow(image); ax.plot(c, c, "+", c="w", ms=6); ax.set_axis_off(); ax.set_title(dataset.slide[i], fontsize=8)
     return fig
 
-# %% ../nbs/00_data.ipynb #85bc71d0
+# %% ../nbs/00_data.ipynb #65a702d0
+def row_mean(
+    values,      # (n, T), NaN = not measured
+)->np.ndarray:   # (n, 1); 0 where nothing was measured
+    "The mean of each row over what was measured."
+    return np.nansum(values, 1, keepdims=True) / np.maximum((~np.isnan(values)).sum(1, keepdims=True), 1)
+
+def _stretched(values):
+    "Each row sorted; where some are missing, the measured ones spread over all places."
+    values, grid = np.sort(values, 1), np.linspace(0, 1, values.shape[1])     # NaN comes last
+    for i in np.flatnonzero(np.isnan(values[:, -1])):
+        seen = values[i][~np.isnan(values[i])]
+        if len(seen): values[i] = np.interp(grid, np.linspace(0, 1, len(seen)), seen)
+    return values
+
 class TargetTransform:
-    "Abundances to the scale that a model learns, and back: 'raw', 'log', or 'rank' (within the spot, 0 to 1)."
-    kinds = ("raw", "log", "rank")
+    "Abundances to the scale that a model learns, and back: 'raw', 'log', 'rank' (within the spot, 0 to 1), or 'clr' (centred log-ratio, Aitchison 1986)."
+    kinds = ("raw", "log", "rank", "clr")
     def __init__(self,
         kind: str = "log",
         standardise: bool = False,   # centre and scale every column, so that each weighs the same
@@ -458,21 +473,24 @@ class TargetTransform:
         self.kind, self.standardise = choose(kind, self.kinds, "target"), bool(standardise)
 
     def fit(self,
-        values,      # (n, T) abundances of the training spots, not negative
+        values,      # (n, T) abundances of the training spots, not negative; NaN = not measured
     ):
         "Learn what the way back needs; returns itself."
-        values = np.asarray(values, float)
+        values = np.asarray(values, float); absent = np.isnan(values).all(0)
+        if absent.any(): raise BadInput(f"{absent.sum()} of {len(absent)} types are measured in no training spot; leave them out of the targets")
         positive = values[values > 0]
         self.floor = float(positive.min() / 2) if positive.size else 1e-12       # zero has no logarithm
-        self.levels = np.log(np.maximum(np.sort(values, 1), self.floor)).mean(0)  # typical abundance of each rank
+        self.levels = np.nanmean(np.log(np.maximum(_stretched(values), self.floor)), 0)  # typical abundance of each rank
         scaled = self._forward(values)
-        self.mean = scaled.mean(0) if self.standardise else np.zeros(values.shape[1])
-        self.std = np.maximum(scaled.std(0), 1e-6) if self.standardise else np.ones(values.shape[1])
+        self.mean = np.nanmean(scaled, 0) if self.standardise else np.zeros(values.shape[1])
+        self.std = np.maximum(np.nanstd(scaled, 0), 1e-6) if self.standardise else np.ones(values.shape[1])
         return self
 
     def _forward(self, values):
-        if self.kind == "log": return np.log(np.maximum(values, self.floor))
-        return (rankdata(values, axis=1) - 1) / max(values.shape[1] - 1, 1) if self.kind == "rank" else values
+        if self.kind == "raw": return values
+        if self.kind == "rank": return (rankdata(values, axis=1, nan_policy="omit") - 1) / np.maximum((~np.isnan(values)).sum(1, keepdims=True) - 1, 1)
+        logs = np.log(np.maximum(values, self.floor))
+        return logs - row_mean(logs) if self.kind == "clr" else logs
 
     def transform(self, values)->np.ndarray:
         "(n, T) abundances -> (n, T) on the learning scale."
@@ -487,8 +505,9 @@ class TargetTransform:
         return np.asarray(scaled, float) * self.std + self.mean
 
     def abundance(self, natural)->np.ndarray:
-        "(n, T) from `natural` -> abundances."
+        "(n, T) from `natural` -> abundances; for 'clr' proportions, which add up to one."
         if self.kind == "raw": return natural
+        if self.kind == "clr": return np.exp(natural - np.logaddexp.reduce(natural, 1, keepdims=True))
         return np.exp(np.clip(natural if self.kind == "log" else self._from_rank(natural), -600, 600))
 
     def _from_rank(self, ranks):

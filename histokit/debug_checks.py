@@ -1099,7 +1099,7 @@ def fold_folders(run)->dict:
     "Fold -> its folder, for the folds that have been trained."
     return {int(f.parent.name): f.parent for f in sorted((run/"folds").glob("*/config.json")) if f.parent.name.isdigit()}
 
-# %% ../nbs/05_debug_checks.ipynb #9bb91bda
+# %% ../nbs/05_debug_checks.ipynb #77619bfe
 def run_split(
     run, spots,          # run folder, training spots with fold
     patch_px: float,     # widest patch
@@ -1118,7 +1118,7 @@ def run_training(
     if folders and set(folders) != set(spots.fold): out.append(error(f"models of folds {sorted(folders)}, spots of folds {sorted(set(spots.fold.tolist()))}",
         "run 03_train again", "folds"))
     for k, folder in folders.items():
-        model = attempt(out, f"folds/{k}", load_model, folder)
+        model = attempt(out, f"folds/{k}", load_model, folder) if (folder/"model.safetensors").exists() else None      # heads on a frozen encoder leave answers, not models
         if model is not None: out += [Finding(f.level, f.what, f.mend, f"folds/{k} {f.where}") for f in check_optimizer(model,
             param_groups(model)) + check_norms(model) if any(p.requires_grad for p in model.parameters())]
         if model is not None and not all(p.isfinite().all() for p in model.parameters()): out.append(error("the weights are not finite",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'mse', 'huber', 'row_correlation', 'pearson_rows', 'row_ranks', 'pick_engine', 'soft_ranks', 'soft_spearman',
-           'pairwise_rank', 'Loss']
+           'pairwise_rank', 'blend', 'Loss']
 
 # %% ../nbs/02a_losses.ipynb #2d9790c4
 import importlib.util, re
@@ -15,52 +15,78 @@ import torch.nn.functional as F
 from .core import BadInput, choose
 from .model import parse_args
 
-# %% ../nbs/02a_losses.ipynb #3a8032f7
-def _rows(pred, target):
-    "Both as (B, T) in at least 32-bit floats, or `BadInput`."
-    if pred.ndim != 2 or pred.shape != target.shape:
-        raise BadInput(f"a loss takes two tables (spots, types) of one shape, not {tuple(pred.shape)} and {tuple(target.shape)}")
+# %% ../nbs/02a_losses.ipynb #d65536c5
+def _rows(pred, target, mask=None):
+    "All as (B, T), numbers in at least 32-bit floats with 0 where masked, or `BadInput`."
+    if pred.ndim != 2 or pred.shape != target.shape or (mask is not None and mask.shape != pred.shape):
+        shapes = [str(tuple(x.shape)) for x in (pred, target, mask) if x is not None]
+        raise BadInput(f"a loss takes two tables (spots, types) of one shape, and a mask like them, not {' and '.join(shapes)}")
     kind = torch.promote_types(pred.dtype, torch.float32)
-    return pred.to(kind), target.to(kind)
+    pred, target = pred.to(kind), target.to(kind)
+    return (pred, target, mask) if mask is None else (pred.where(mask, 0), target.where(mask, 0), mask)
 
+def _entries(loss, pred, target, mask, **options):
+    "A loss of torch over the measured entries: their mean, or 0 where there is none."
+    pred, target, mask = _rows(pred, target, mask)
+    return loss(pred, target, **options) if mask is None else loss(pred, target, reduction="sum", **options) / mask.sum().clamp_min(1)
+
+# %% ../nbs/02a_losses.ipynb #e24257d7
 def mse(
-    pred,      # (B, T)
-    target,    # (B, T)
-):             # scalar
+    pred,        # (B, T)
+    target,      # (B, T)
+    mask = None, # (B, T) bool: what was measured; None = all
+):               # scalar
     "Mean squared error."
-    return F.mse_loss(*_rows(pred, target))
+    return _entries(F.mse_loss, pred, target, mask)
 
 def huber(
-    pred,      # (B, T)
-    target,    # (B, T)
+    pred,        # (B, T)
+    target,      # (B, T)
     delta: float = 1., # beyond it the loss is linear
-):             # scalar
+    mask = None, # (B, T) bool: what was measured
+):               # scalar
     "Huber's loss (1964): squared near the target, linear far from it."
-    return F.huber_loss(*_rows(pred, target), delta=delta)
+    return _entries(F.huber_loss, pred, target, mask, delta=delta)
 
-# %% ../nbs/02a_losses.ipynb #8614b9a4
+# %% ../nbs/02a_losses.ipynb #fdf25dbf
+def _centred(x, mask):
+    "Rows minus their mean over what was measured; 0 where masked."
+    if mask is None: return x - x.mean(1, keepdim=True)
+    x = x.where(mask, 0)
+    return (x - x.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)).where(mask, 0)
+
+def _row_mean(values, mask):
+    "The mean of (B,) over the rows in which at least two types were measured; 0 where there is none."
+    if mask is None: return values.mean()
+    ordered = mask.sum(1) > 1
+    return values.where(ordered, 0).sum() / ordered.sum().clamp_min(1)
+
 def row_correlation(
-    a,         # (B, T)
-    b,         # (B, T)
-):             # (B,) Pearson's correlation of each row; 0 where a row is constant
+    a,           # (B, T)
+    b,           # (B, T)
+    mask = None, # (B, T) bool: what was measured
+):               # (B,) Pearson's correlation of each row; 0 where a row is constant
     "Pearson's correlation, row by row."
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    a, b = _centred(a, mask), _centred(b, mask)
     return (a * b).sum(1) / ((a * a).sum(1).clamp_min(1e-6) * (b * b).sum(1).clamp_min(1e-6)).sqrt()
 
 def pearson_rows(
-    pred,      # (B, T)
-    target,    # (B, T)
-):             # scalar, 0 to 2
+    pred,        # (B, T)
+    target,      # (B, T)
+    mask = None, # (B, T) bool: what was measured
+):               # scalar, 0 to 2
     "One minus the mean over rows of Pearson's correlation."
-    return 1 - row_correlation(*_rows(pred, target)).mean()
+    pred, target, mask = _rows(pred, target, mask)
+    return _row_mean(1 - row_correlation(pred, target, mask), mask) if mask is not None else 1 - row_correlation(pred, target).mean()
 
-# %% ../nbs/02a_losses.ipynb #6bf2d41f
+# %% ../nbs/02a_losses.ipynb #60b1c4a3
 def row_ranks(
-    x,         # (B, T)
-):             # (B, T) ranks from 1, equal values share their mean rank
-    "Ranks within each row, exact, ties averaged."
-    d = x[:, :, None] - x[:, None, :]
-    return .5 + (d > 0).sum(2) + .5 * (d == 0).sum(2).to(x.dtype)
+    x,           # (B, T)
+    mask = None, # (B, T) bool: what was measured
+):               # (B, T) ranks from 1, equal values share their mean rank; meaningless where masked
+    "Ranks within each row among what was measured, exact, ties averaged."
+    d, seen = x[:, :, None] - x[:, None, :], True if mask is None else mask[:, None, :]
+    return .5 + ((d > 0) & seen).sum(2) + .5 * ((d == 0) & seen).sum(2).to(x.dtype)
 
 def pick_engine(
     engine: str = "auto", # "auto", "torchsort" or "torch"
@@ -74,70 +100,113 @@ def pick_engine(
         raise BadInput(f"torchsort is not installed for {device}: pip install --no-build-isolation torchsort, or use engine=torch")
     return "torchsort" if there and engine != "torch" else "torch"
 
-# %% ../nbs/02a_losses.ipynb #44d1c54b
+# %% ../nbs/02a_losses.ipynb #bfa078dd
+def _torchsort_ranks(x, strength, mask):
+    "Soft ranks on the permutahedron (Blondel et al. 2020), masked entries kept out of reach below."
+    import torchsort
+    if mask is None: return torchsort.soft_rank(x, regularization_strength=strength)
+    low = x.detach().where(mask, x.detach().amax(1, keepdim=True)).amin(1, keepdim=True) - 2 * strength * x.shape[1]
+    return torchsort.soft_rank(x.where(mask, low), regularization_strength=strength) - (~mask).sum(1, keepdim=True)
+
 def soft_ranks(
     x,                     # (B, T)
     strength: float = 1.,  # difference of values over which a step is smeared; > 0
     engine: str = "auto",  # "auto", "torchsort" or "torch"
-):                         # (B, T) between 1 and T, differentiable
+    mask = None,           # (B, T) bool: what was measured
+):                         # (B, T) from 1 to the number measured, differentiable; meaningless where masked
     "Soft ranks within each row (torchsort: Blondel et al. 2020; torch: Qin et al. 2010)."
     if not strength > 0: raise BadInput(f"strength={strength}: give a number above 0")
-    if pick_engine(engine, x.device.type) == "torch": return .5 + torch.sigmoid((x[:, :, None] - x[:, None, :]) / strength).sum(2)
-    import torchsort
-    return torchsort.soft_rank(x, regularization_strength=strength)
+    if pick_engine(engine, x.device.type) == "torchsort": return _torchsort_ranks(x, strength, mask)
+    steps = torch.sigmoid((x[:, :, None] - x[:, None, :]) / strength)
+    return .5 + (steps if mask is None else steps * mask[:, None, :]).sum(2)
 
-# %% ../nbs/02a_losses.ipynb #5d917029
+# %% ../nbs/02a_losses.ipynb #65b60063
 def soft_spearman(
     pred,                  # (B, T)
     target,                # (B, T)
     strength: float = 1.,  # difference of predictions over which a rank is smeared
     engine: str = "auto",  # "auto", "torchsort" or "torch"
+    mask = None,           # (B, T) bool: what was measured
 ):                         # scalar, 0 to 2
     "One minus the mean over rows of the correlation of the prediction's soft ranks with the target's exact ranks."
-    pred, target = _rows(pred, target)
-    return 1 - row_correlation(soft_ranks(pred, strength, engine), row_ranks(target)).mean()
+    pred, target, mask = _rows(pred, target, mask)
+    rows = row_correlation(soft_ranks(pred, strength, engine, mask), row_ranks(target, mask), mask)
+    return 1 - rows.mean() if mask is None else _row_mean(1 - rows, mask)
 
-# %% ../nbs/02a_losses.ipynb #87c47f01
 def pairwise_rank(
     pred,                  # (B, T)
     target,                # (B, T)
     strength: float = 1.,  # difference of predictions that counts as one
+    mask = None,           # (B, T) bool: what was measured
 ):                         # scalar
     "RankNet's loss (Burges et al. 2005): for each pair of types in a spot, how badly the prediction orders it; ties of the target are left out."
-    pred, target = _rows(pred, target)
+    pred, target, mask = _rows(pred, target, mask)
     above = target[:, :, None] > target[:, None, :]
+    if mask is not None: above = above & mask[:, :, None] & mask[:, None, :]
     return (F.softplus((pred[:, None, :] - pred[:, :, None]) / strength) * above).sum() / above.sum().clamp_min(1)
 
-# %% ../nbs/02a_losses.ipynb #87ce2ac2
+# %% ../nbs/02a_losses.ipynb #1cab0abc
 LOSSES = dict(mse=mse, huber=huber, soft_spearman=soft_spearman, pearson_rows=pearson_rows, pairwise_rank=pairwise_rank)
 _OPTIONS = dict(huber=("delta",), soft_spearman=("strength", "engine"), pairwise_rank=("strength",))
 
 def _parse_term(text):
     "('0.85*soft_spearman(strength=1)') -> weight, name, options."
     m = re.fullmatch(r"\s*(?:([\d.]+(?:e-?\d+)?)\s*\*)?\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
-    if not m: raise BadInput(f"loss term '{text.strip()}' is not understood; write it like \"0.85*soft_spearman(strength=1)+0.15*mse\"")
+    if not m: raise BadInput(f"loss term '{text.strip()}' is not understood; write it like \"0.85*soft_spearman(strength=1)+0.15*mse\" or \"mse -> huber\"")
     weight, name, options = float(m[1] or 1), choose(m[2], list(LOSSES), "loss"), parse_args(m[3] or "", "loss")
     for k in options: choose(k, _OPTIONS.get(name, ()), f"option of {name}")
     return weight, name, options
 
-# %% ../nbs/02a_losses.ipynb #2408a756
-class Loss:
-    "A weighted sum of losses from text: loss(pred, target) -> scalar; `engine_` says which engine ranked, `parts_` the last value of each term."
-    def __init__(self,
-        text: str,            # such as "0.85*soft_spearman+0.15*mse", each term a name of LOSSES with its options in brackets
-        engine: str = "auto", # for soft ranks, where the term does not say
-    ):
-        self.text, self.engine, self.engine_, self.parts_ = text, choose(engine, ["auto", "torchsort", "torch"], "engine"), "", {}
-        self.terms = [_parse_term(t) for t in re.split(r"\+(?![^()]*\))", str(text))]
+def _parse_stages(text):
+    "The sums of a schedule, each a list of terms."
+    return [[_parse_term(t) for t in re.split(r"\+(?![^()]*\))", stage)] for stage in re.split("->", str(text))]
 
-    def __call__(self, pred, target):
-        self.parts_, total = {}, 0.
-        for weight, name, options in self.terms:
+# %% ../nbs/02a_losses.ipynb #314ee6c5
+def blend(
+    stages,      # the sums of a schedule, each a list of (weight, name, options)
+    progress: float, # 0 to 1
+)->list:         # (weight, name, options) of what counts now
+    "The terms at a point of the schedule; where both neighbouring sums have one, it is taken once."
+    place, now = progress * (len(stages) - 1), {}
+    for i, stage in enumerate(stages):
+        share = max(0., 1 - abs(place - i))
+        for weight, name, options in stage if share else []: now.setdefault((name, str(options)), [0., name, options])[0] += share * weight
+    return [tuple(v) for v in now.values()]
+
+def _measured(target, mask, masked):
+    "What was measured; None where that is everything."
+    absent = target.isnan()
+    if masked: return ~absent if mask is None else mask & ~absent
+    if absent.any(): raise BadInput(f"{int(absent.sum())} of {absent.numel()} targets are NaN; where that means not measured, use Loss(..., masked=True)")
+    return mask
+
+# %% ../nbs/02a_losses.ipynb #31dbc09a
+class Loss:
+    "A sum of losses, or a schedule of sums, from text: loss(pred, target) -> scalar; `engine_` says which engine ranked, `parts_` the last value of each term."
+    def __init__(self,
+        text: str,            # such as "0.85*soft_spearman+0.15*mse", names of LOSSES with options in brackets; "A -> B" goes from one sum to another
+        engine: str = "auto", # for soft ranks, where the term does not say
+        masked: bool = False, # NaN in the target means not measured; otherwise NaN is an error
+    ):
+        self.text, self.engine, self.masked = str(text), choose(engine, ["auto", "torchsort", "torch"], "engine"), masked
+        self.stages, self.progress, self.engine_, self.parts_ = _parse_stages(text), 0., "", {}
+
+    def at(self,
+        progress: float,      # how much of the training is over, 0 to 1
+    ):
+        "The loss at that point of its schedule; returns itself."
+        if not 0 <= progress <= 1: raise BadInput(f"progress={progress}: give a number from 0, the start of the training, to 1, its end")
+        self.progress = float(progress)
+        return self
+
+    def __call__(self, pred, target, mask=None):
+        self.parts_, total, mask = {}, 0., _measured(target, mask, self.masked)
+        for weight, name, options in blend(self.stages, self.progress):
             if name == "soft_spearman":
                 self.engine_ = pick_engine(options.get("engine", self.engine), pred.device.type)
                 options = {**options, "engine": self.engine_}
-            value = LOSSES[name](pred, target, **options)
+            value = LOSSES[name](pred, target, mask=mask, **options)
             self.parts_[name], total = value.detach(), total + weight * value
         return total
 
-    def __repr__(self): return f"Loss('{self.text}')"
+    def __repr__(self): return f"Loss({self.text!r}{f', engine={self.engine!r}' * (self.engine != 'auto')}{', masked=True' * self.masked})"

@@ -7,10 +7,10 @@ __all__ = ['STAGES', 'TYPES', 'PATHS', 'KERNEL_ENVIRONMENT', 'app', 'kernels', '
            'assets', 'find_recipe', 'stage_parameters', 'pipeline_parameters', 'typed', 'resolve', 'read_recipe',
            'absolute_paths', 'file_fingerprint', 'package_fingerprint', 'stage_key', 'is_done', 'run_notebook',
            'run_lock', 'provenance', 'prepare_data', 'report', 'run_pipeline', 'demo_run', 'command', 'demo', 'run',
-           'parameters', 'check', 'validate', 'score', 'stain', 'import_visium', 'export_h5ad', 'kernels_build',
-           'kernels_check', 'main']
+           'parameters', 'check', 'validate', 'score', 'compare', 'stain', 'import_visium', 'export_h5ad',
+           'kernels_build', 'kernels_check', 'main']
 
-# %% ../nbs/06_pipeline.ipynb #ffe63ecf
+# %% ../nbs/06_pipeline.ipynb #2796f505
 import contextlib, fcntl, functools, hashlib, json, os, platform, re, shutil, subprocess, threading, time
 from pathlib import Path
 from typing import Annotated, Optional
@@ -19,7 +19,7 @@ import typer
 import yaml
 
 import histokit
-from .core import BadInput, atomic, did_you_mean, make_dir, plain, read_json, write_error, write_json
+from .core import BadInput, atomic, did_you_mean, make_dir, plain, read_json, save_figure, write_error, write_json
 
 # %% ../nbs/06_pipeline.ipynb #9921f230
 STAGES = ("00_data", "01_stain", "02_model", "03_train", "04_tta_smoothing", "05_debug_checks")
@@ -319,7 +319,7 @@ def demo_run()->Path:
     data = smoke_demo()
     return run_pipeline("demo", [f"data_path={data}", f"truth_path={demo_paths(data).truth}", "epochs=6"], cache_dir()/"demo-run", show=lambda line: None)
 
-# %% ../nbs/06_pipeline.ipynb #c5679c3c
+# %% ../nbs/06_pipeline.ipynb #ae57f91a
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="From an H&E slide to a submission: notebooks that are library, test, pipeline and Kaggle kernel at once.")
 kernels = typer.Typer(no_args_is_help=True, help="Kaggle kernels: build and check.")
 app.add_typer(kernels, name="kernels")
@@ -332,6 +332,7 @@ def command(group=None, name=None):
         @functools.wraps(f)
         def run(*args, **kwargs):
             try: return f(*args, **kwargs)
+            except typer.Exit: raise                                           # it is a RuntimeError
             except (BadInput, RuntimeError) as e: typer.echo(f"histokit: {' '.join(str(e).split())}", err=True); raise typer.Exit(1) from None
         return (group or app).command(name or f.__name__.replace("_", "-"))(run)
     return wrap
@@ -339,7 +340,7 @@ def command(group=None, name=None):
 Params = Annotated[Optional[list[str]], typer.Option("-p", "--param", help="name=value; may be given several times")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
-# %% ../nbs/06_pipeline.ipynb #fa2cf0e1
+# %% ../nbs/06_pipeline.ipynb #6cc90347
 def _run(recipe, param, run_dir, force, as_json):
     run = run_pipeline(recipe, param or (), run_dir, force=force, show=(lambda line: typer.echo(line, err=True)) if as_json else _say)
     typer.echo(json.dumps(dict(run=str(run), submission=str(run/"submission.csv"), **read_json(run/"metrics.json"))) if as_json else report(run))
@@ -353,7 +354,7 @@ def demo(param: Params = None, run_dir: RunDir = "", force: Force = False, as_js
     _run("demo", param, run_dir, force, as_json)
 
 @command()
-def run(recipe: Annotated[str, typer.Argument(help="a YAML file, or the name of a recipe: demo, resnet18, convnext, probe")], param: Params = None, run_dir: RunDir = "", force: Force = False, as_json: Json = False):
+def run(recipe: Annotated[str, typer.Argument(help="a YAML file, or the name of a recipe: demo, resnet18, convnext, probe, best")], param: Params = None, run_dir: RunDir = "", force: Force = False, as_json: Json = False):
     "Run a recipe: six notebooks from the data file to submission.csv."
     _run(recipe, param, run_dir, force, as_json)
 
@@ -397,11 +398,35 @@ def score(submission: Path, truth: Path, as_json: Json = False):
     typer.echo(json.dumps(result) if as_json else f"mean per-spot Spearman {result['per_spot']:.4f} [{low:.4f}, {high:.4f}] over {len(each)} spots; per type {result['per_type']:.4f}")
 
 @command()
-def stain(image: Path, reference: Path, out: Path, method: str = "vahadane"):
-    "Normalise the stain of an image (or of every slide in an HDF5 file) to a reference image."
+def compare(runs: Annotated[list[Path], typer.Argument(help="run folders; the others are compared with the first")],
+    picture: Annotated[Path, typer.Option(help="where the picture goes; empty for none")] = Path("comparison.png"), as_json: Json = False):
+    "Compare runs on the same data: scores out of fold, paired differences with intervals, parameters that differ."
+    from histokit.data import slide_blocks
+    from histokit.metrics import compare_runs, format_comparison
+    table, figure = compare_runs(runs, slide_blocks)
+    if picture.name: save_figure(picture, figure)
+    typer.echo(json.dumps(plain(table.to_dict("records"))) if as_json else format_comparison(table) + (f"\nwrote {picture}" if picture.name else ""))
+
+@command()
+def stain(image: Annotated[Path, typer.Argument(help="a picture, an HDF5 file of slides, or a folder of pictures")],
+    reference: Annotated[str, typer.Argument(help="a picture, a saved normaliser (.json), or a slide of the HDF5 file; '' is its first training slide")],
+    out: Annotated[Path, typer.Argument(help="of the same kind as IMAGE")],
+    method: Annotated[str, typer.Option(help="vahadane, macenko, ruifrok, reinhard, modified-reinhard")] = "vahadane",
+    engine: Annotated[str, typer.Option(help="auto, numba, torch, numpy, staintools")] = "auto",
+    luminosity: Annotated[bool, typer.Option("--luminosity", help="standardise the brightness first")] = False,
+    tile: Annotated[int, typer.Option(help="pixels on a side worked on at a time, a multiple of 16")] = 512, as_json: Json = False):
+    "Normalise the stain of a picture, of every slide in an HDF5 file, or of every picture in a folder to a reference."
     from histokit.stain import stain_image_file
-    stain_image_file(image, reference, out, method=method)
-    typer.echo(f"wrote {out}")
+    report = stain_image_file(image, reference, out, method=method, engine=engine, luminosity=luminosity, tile=tile)
+    reports = {image.name: report} if "reason" in report else report
+    if as_json: typer.echo(json.dumps(plain(dict(out=out, pictures=reports))))
+    else: typer.echo("\n".join([*(_stained(n, r) for n, r in reports.items()), f"wrote {out}"]))
+    if not all(r.get("written", True) for r in reports.values()): raise typer.Exit(1)
+
+def _stained(name, report):
+    "What became of a picture, in one line."
+    what = "normalised" if report["done"] else "left as it is" if report.get("written", True) else "not written"
+    return f"{name}: {what}" + (f" ({report['reason']})" if report["reason"] else "")
 
 @command()
 def import_visium(outs: Annotated[Path, typer.Argument(help="a Space Ranger output folder, or an .h5ad")], targets: Annotated[str, typer.Option(help="table of cell types; of an .h5ad a key of obsm, or obs:BEGINNING")] = "",

@@ -76,8 +76,10 @@ def test_package_imports_light():
 
 
 def test_dependencies_point_one_way():
-    below = dict(core=set(), data={"core"}, stain={"core"}, model={"core"}, train={"core", "model"}, tta_smoothing={"core", "data", "model", "train"}, demo={"core"}, register={"core", "data"}, patches={"core", "data", "stain"}, own_slides={"core", "data", "demo", "stain"},
-                 debug_checks={"core", "data", "stain", "model", "train", "tta_smoothing"})
+    below = dict(core=set(), data={"core"}, pictures={"core"}, stain={"core", "pictures"}, model={"core"}, losses={"core", "model"}, metrics={"core"}, train={"core", "model"}, demo={"core"},
+                 register={"core", "data"}, patches={"core", "data", "stain"}, own_slides={"core", "data", "demo", "pictures", "stain"},
+                 features={"core", "losses", "model", "patches", "train"}, context={"core", "features", "losses", "model", "train"}, kriging={"core", "features"},
+                 tta_smoothing={"core", "data", "metrics", "train"}, debug_checks={"core", "data", "losses", "metrics", "model", "stain", "train", "tta_smoothing"})
     for name, allowed in below.items():
         tree = ast.parse((ROOT/"histokit"/f"{name}.py").read_text())
         used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module}

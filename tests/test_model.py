@@ -7,9 +7,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from histokit.core import BadInput
-from histokit.losses import LOSSES, Loss, pick_engine, row_correlation, soft_ranks, soft_spearman
-from histokit.model import backbone_stages, check_param_groups, create_model, describe, load_model, param_groups, read_weights, save_model, start_at, trial_step
+from histokit.core import BadInput, read_json, write_json
+from histokit.losses import Loss
+from histokit.model import (ENCODERS, backbone_stages, build_backbone, check_param_groups, check_pool, create_model, describe, load_model, param_groups, pooled, read_weights, resolve_encoder, save_model, start_at,
+    trial_step)
 
 TINY = ["test_resnet", "test_efficientnet", "test_convnext", "test_byobnet", "test_mambaout", "test_nfnet", "test_vit", "test_vit_relpos", "test_maxvit", "test_coatnet"]
 
@@ -99,10 +100,12 @@ def test_bad_settings(kw, says):
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
-def test_gated_encoder_names_the_steps():
+@pytest.mark.parametrize("backbone, page", [("hf-hub:SOMEONE/encoder", "SOMEONE/encoder"), ("uni2-h", "MahmoodLab/UNI2-h"), ("virchow2", "paige-ai/Virchow2")])
+def test_gated_encoder_names_the_steps(backbone, page):
     class GatedRepoError(OSError): pass
-    with mock.patch("timm.create_model", side_effect=GatedRepoError("401 Client Error")), pytest.raises(BadInput, match="accept its licence .* HF_TOKEN .* weights=FILE"):
-        create_model(5, "hf-hub:SOMEONE/encoder")
+    steps = f"accept its licence at https://huggingface.co/{page}, .*hf auth login.* HF_TOKEN .*Kaggle.* weights=FILE or weights=FOLDER"
+    with mock.patch("timm.create_model", side_effect=GatedRepoError("401 Client Error")), pytest.raises(BadInput, match=steps) as e: create_model(5, backbone)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("fusion", ["none", "product", "concat"])
@@ -136,38 +139,108 @@ def test_wrapped_model_is_saved_bare(tmp_path):
     assert load_model(tmp_path/"m").config == model.config
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses_are_finite_everywhere(name):
-    "Constant predictions, tied targets, one row, half precision: a finite value and finite, moderate slopes."
-    for dtype in (torch.float32, torch.float16):
-        for pred in (torch.zeros(3, 6), torch.ones(1, 6), torch.randn(3, 6) * 50):
-            pred = pred.to(dtype).requires_grad_()
-            target = torch.tensor([[0., 0, 1, 2, 3, 3]] * len(pred))
-            LOSSES[name](pred, target).backward()
-            assert pred.grad.isfinite().all() and pred.grad.abs().max() < 1e4
-    with pytest.raises(BadInput, match="one shape"): LOSSES[name](torch.zeros(3, 6), torch.zeros(3))
+@pytest.mark.parametrize("fusion", ["none", "product", "concat"])
+def test_scales(tmp_path, fusion):
+    "A model of three scales: each picture has its own place among the features, all of it trains, and it comes back from its folder."
+    model = create_model(4, "test_efficientnet", "none", "linear", fusion, unfreeze=1, scales=3).eval()
+    x, y, z, coords = images(), images(), images(), torch.rand(4, 2)
+    out = model.encode(x, image2=y, image3=z); width = model.config["width"] // 3
+    assert out.shape == (4, 3 * width)
+    for i, picture in enumerate((x, y, z)): assert torch.allclose(out[:, i * width:(i + 1) * width], model.encode(picture, image2=y, image3=z)[:, :width], atol=1e-5)
+    assert torch.equal(load_model(save_model(model, tmp_path/"m"))(x, coords, image2=y, image3=z), model(x, coords, image3=z, image2=y))
+    trial_step(model, Loss("mse -> soft_spearman").at(.5))
+    assert check_param_groups(model, torch.optim.AdamW(param_groups(model))) == dict(missing=[], doubled=[], frozen=[], foreign=0)
+    assert describe(model).parameters.sum() == sum(p.numel() for p in model.parameters())
+    for further in ({}, dict(image2=y), dict(image2=y, image3=z, image4=x), dict(context=y)):
+        with pytest.raises(BadInput, match="the model sees image, image2, image3 and was given"): model(x, coords, **further)
+    with pytest.raises(BadInput, match="at least one patch"): create_model(4, "test_resnet", "none", scales=0)
 
 
-@pytest.mark.parametrize("engine", ["torch", "torchsort"])
-def test_rank_loss_is_by_row(engine):
-    if engine == "torchsort": pytest.importorskip("torchsort")
-    pred, target = torch.randn(9, 11, dtype=torch.float64, requires_grad=True), torch.randn(9, 11, dtype=torch.float64)
-    loop = sum(soft_spearman(p[None], t[None], .3, engine) for p, t in zip(pred, target)) / 9
-    whole = soft_spearman(pred, target, .3, engine)
-    assert torch.allclose(whole, loop) and torch.allclose(*(torch.autograd.grad(v, pred)[0] for v in (whole, loop)))
-    shifted = soft_spearman(pred + torch.arange(9)[:, None] * 7., target * torch.arange(1, 10)[:, None], .3, engine)
-    assert torch.allclose(whole, shifted)
-    assert row_correlation(soft_ranks(pred.detach(), 50., engine), pred.detach()).min() > .99
+def test_scales_are_what_the_sampler_gives():
+    patches = pytest.importorskip("histokit.patches")
+    import numpy as np
+    import pandas as pd
+    slides = dict(A=np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    spots = pd.DataFrame(dict(slide=["A"] * 6, x=np.linspace(90, 210, 6), y=150.))
+    data = patches.PatchDataset(spots, patches.PatchSampler(slides, (40, 120), 64), np.zeros((6, 5)))
+    inputs, target = next(iter(data.batches(6)))
+    assert create_model(5, "test_resnet", "none", scales=2).eval()(**inputs).shape == target.shape
 
 
-def test_loss_text():
-    loss = Loss("2*huber(delta=0.5) + 1e-2*pairwise_rank(strength=2)+soft_spearman", engine="torch")
-    p, t = torch.randn(4, 6), torch.randn(4, 6)
-    want = 2 * LOSSES["huber"](p, t, .5) + .01 * LOSSES["pairwise_rank"](p, t, 2) + soft_spearman(p, t, engine="torch")
-    assert torch.allclose(loss(p, t), want) and loss.engine_ == "torch" and set(loss.parts_) == {"huber", "pairwise_rank", "soft_spearman"}
-    for bad in ("", "mse+", "0.5 mse", "msee", "mse(a=1)", "soft_spearman(engine=gpu)", "-1*mse"):
-        with pytest.raises(BadInput): Loss(bad)(p, t)
-    assert pick_engine("auto", "mps") == "torch"
+@pytest.mark.parametrize("pool, width", [("", 64), ("cls", 64), ("mean", 64), ("cls+mean", 128)])
+def test_pool(tmp_path, pool, width):
+    model = create_model(4, "test_vit", "none", "linear", backbone_args="reg_tokens=3", pool=pool).eval()
+    x = images()
+    assert model.encode(x).shape == (4, width) == (4, model.config["width"])
+    assert torch.equal(load_model(save_model(model, tmp_path/"m"))(x), model(x))
+    assert trial_step(model, Loss("mse")) > 0
+
+
+@pytest.mark.parametrize("backbone, args, pool, says", [("test_resnet", "", "cls", "leave pool empty"), ("test_vit2", "", "cls+mean", "use pool=mean"), ("test_vit", "global_pool=''", "", "set pool"), ("test_vit", "", "max", "unknown pool")])
+def test_pool_that_cannot_be(backbone, args, pool, says):
+    with pytest.raises(BadInput, match=says): create_model(4, backbone, "none", backbone_args=args, pool=pool)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_pathology_encoders_on_paper(name):
+    "Every row builds the architecture it names, with a class token where it is read, and its picture size fits."
+    row = ENCODERS[name]
+    asked = resolve_encoder(name)
+    assert asked["backbone"] == f"hf-hub:{row['hub']}" and row["hub"].count("/") == 1
+    if not row["layout"]:
+        with pytest.raises(BadInput, match="weights=FOLDER"): create_model(4, name, "model.safetensors")
+        return
+    asked = resolve_encoder(name, "none")
+    with torch.device("meta"): model = build_backbone(asked["backbone"], backbone_args=asked["args"])
+    assert check_pool(model, asked["pool"]) == row["width"] and row["patch_px"] % model.patch_embed.patch_size[0] == 0
+    if row["mean"]: assert len(row["mean"]) == len(row["std"]) == 3 and max(row["mean"] + row["std"]) < 1
+
+
+def tiny(kind):
+    "A row of the table like `kind`'s, but of timm's smallest transformer."
+    row = ENCODERS[kind]
+    kept = [a for a in row["args"].split(",") if a.split("=")[0] in ("init_values", "reg_tokens", "no_embed_class", "dynamic_img_size", "mlp_layer", "act_layer")]
+    return {**row, "hub": "someone/tiny", "layout": "test_vit", "args": ",".join(kept)}
+
+
+@pytest.mark.parametrize("kind", ["uni", "uni2-h", "virchow", "virchow2", "h-optimus-0", "gigapath", "lunit"])
+def test_local_copy_of_a_pathology_encoder(tmp_path, kind):
+    "From a file and from a folder come the same features, scaled and pooled as the row says, and what is saved needs neither."
+    row = tiny(kind)
+    with mock.patch.dict(ENCODERS, {"tiny": row}), mock.patch("socket.socket.connect", side_effect=AssertionError("touched the network")):
+        source = build_backbone("test_vit", backbone_args=resolve_encoder("tiny", "none")["args"]).eval()
+        torch.save(source.state_dict(), tmp_path/"pytorch_model.bin")
+        (tmp_path/"repo").mkdir(); save_file(source.state_dict(), tmp_path/"repo"/"model.safetensors")
+        size = list(source.patch_embed.img_size)
+        write_json(tmp_path/"repo"/"config.json", dict(architecture="test_vit", num_classes=0, num_features=64, model_args={},
+            pretrained_cfg=dict(mean=[.1] * 3, std=[.9] * 3, input_size=[3, *size], fixed_input_size=True, num_classes=0)))
+        models = [create_model(4, "tiny", str(tmp_path/w), "linear", unfreeze=0).eval() for w in ("pytorch_model.bin", "repo")]
+    x = images(2)
+    want = pooled(source, (x / 255. - torch.tensor(row["mean"]).view(3, 1, 1)) / torch.tensor(row["std"]).view(3, 1, 1), row["pool"])
+    for i, model in enumerate(models):
+        assert torch.allclose(model.encode(x), want, atol=1e-5)
+        assert torch.equal(load_model(save_model(model, tmp_path/str(i)))(x), model(x))
+    own = create_model(4, "test_vit", "none", mean=".3", pool="mean")
+    assert own.config["mean"] == [.3] * 3 and own.config["pool"] == "mean"
+
+
+def test_weights_of_another_encoder_are_refused(tmp_path):
+    with mock.patch.dict(ENCODERS, {"tiny": tiny("uni"), "other": tiny("virchow2")}):
+        torch.save(build_backbone("test_vit", backbone_args=resolve_encoder("tiny", "none")["args"]).state_dict(), tmp_path/"w.bin")
+        with pytest.raises(BadInput, match="do not fit"): create_model(4, "other", str(tmp_path/"w.bin"))
+    with pytest.raises(BadInput, match="did you mean 'virchow2'"): create_model(4, "virchow-2", "none")
+    with pytest.raises(BadInput, match="does not exist"): create_model(4, "uni", str(tmp_path/"absent.bin"))
+    with pytest.raises(BadInput, match="does not exist"): create_model(4, "test_resnet", str(tmp_path))         # a folder is a repository only for a name of the table
+
+
+def test_models_saved_before_scales_and_pools(tmp_path):
+    "A folder without the newer settings loads as one scale, pooled as timm does."
+    model = create_model(4, "test_vit", "none").eval(); save_model(model, tmp_path/"m")
+    saved = read_json(tmp_path/"m"/"config.json")
+    for k in ("scales", "pool"): del saved["model"][k]
+    write_json(tmp_path/"m"/"config.json", saved)
+    x = images()
+    assert torch.equal(load_model(tmp_path/"m")(x), model(x))
 
 
 def test_start_at_the_constant():

@@ -1,6 +1,6 @@
 """Which ideas help: every one of them leave-one-slide-out (or patient), with its gain over the probe and an interval.
 
-python tests/measure_training.py FILE.h5 [--weights FILE --backbone-args pad_type=same --mean .5 --std .5] [--cache FOLDER] [--out TABLE.csv]
+python tests/measure_training.py FILE.h5|RUN/slides.h5 [--weights FILE --backbone-args pad_type=same --mean .5 --std .5] [--cache FOLDER] [--out TABLE.csv]
 
 All ideas see the same spots, folds and frozen encoder. What an idea has to choose (penalty, epochs, rounds, candidate) it chooses on groups inside its training rows.
 Intervals draw slides, then blocks in them; gains are paired, spot by spot. Features are kept in the cache folder, so that a second run takes minutes.
@@ -16,7 +16,7 @@ import torch
 from scipy.stats import rankdata
 
 from histokit.context import ContextDataset, fit_context, neighbour_table
-from histokit.core import write_table
+from histokit.core import read_json, write_table
 from histokit.data import DataFactory, SlideCache, TargetTransform, assign_folds, check_split, normalised_coords, patch_size, slide_blocks
 from histokit.features import FeatureDataset, HeadModel, Stages, cached_features, fit_boost, fit_head, fit_kernel, fit_pls, fit_ridge, head_answer, mean_view
 from histokit.kriging import centred_places, krige_fold, look_features, place_features, slide_distance
@@ -30,11 +30,12 @@ from histokit.tta_smoothing import smooth
 
 def features(a, factory, spots):
     "Views of all blocks of all scales, (V, n, D), and the encoder that can tell them apart."
-    model = create_model(len(factory.targets), a.backbone, a.weights, head="linear", unfreeze=0, backbone_args=a.backbone_args, mean=a.mean, std=a.std)
+    model = create_model(len(factory.targets), a.backbone, a.weights, head="linear", unfreeze="0", scales=len(a.scales), backbone_args=a.backbone_args, mean=a.mean, std=a.std)
     encoder = Stages(model.eval(), (-4, -3, -2, -1), spread=True, final=True)
     sizes = tuple({n: patch_size(um, s.um_per_px) for n, s in factory.slides.items()} for um in a.scales)
     data = PatchDataset(spots, PatchSampler(SlideCache(factory.path), sizes, a.input_px), coords=normalised_coords(spots))
-    return cached_features(encoder, data, a.views, a.cache), encoder, max(max(s.values()) for s in sizes)
+    beside = Path(a.file).with_name("stain.json")                      # in a run folder: the same key as the run's own features
+    return cached_features(encoder, data, a.views, a.cache, stain=read_json(beside) if beside.exists() else None), encoder, max(max(s.values()) for s in sizes)
 
 
 def ideas(a, factory, spots, fold, views, encoder):

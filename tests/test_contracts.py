@@ -95,3 +95,23 @@ def test_committed_text_names_no_place():
         path = ROOT/name
         if path.suffix in {".py", ".ipynb", ".md", ".toml", ".ini", ".yaml", ".json", ".sh", ".txt", ""} and path.is_file() and path != Path(__file__):
             assert not bad.search(path.read_text(errors="ignore")), name
+
+
+def assigned(tree):
+    "Names that a cell binds at its top level."
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)): yield node.name
+        elif isinstance(node, (ast.Lambda, ast.ListComp, ast.GeneratorExp, ast.DictComp, ast.SetComp)): continue
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store): yield node.id
+        else: yield from assigned(node)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_cell_overwrites_a_parameter(path):
+    "A story that reuses a parameter's name would silently set it for the stage below."
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    given = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    names = set(assigned(ast.parse("".join(given[0]["source"])))) if given else set()
+    for cell in cells:
+        source = "".join(line for line in cell["source"] if not line.lstrip().startswith("%"))
+        if cell not in given: assert not (set(assigned(ast.parse(source))) & names - {"data_path"}), source

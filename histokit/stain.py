@@ -6,22 +6,25 @@
 __all__ = ['KINDS', 'RUIFROK', 'METHODS', 'LIMITS', 'ENGINES', 'as_rgb', 'rgb_to_od', 'tiles', 'thin_out', 'white_point',
            'pixel_kinds', 'tissue_mask', 'macenko_vectors', 'degrees_between', 'concentrations', 'vahadane_vectors',
            'plot_vectors', 'judge', 'tissue_pixels', 'learn_vectors', 'measure', 'rgb_to_lab', 'lab_to_rgb',
-           'PaintPlan', 'paint_plan', 'repaint_tensor', 'repaint', 'colour_transfer', 'luminosity_level',
-           'standardise_luminosity', 'already_like', 'StainNormalizer', 'normalise_dataset', 'slide_paths',
-           'fit_reference', 'normalise_file', 'read_picture', 'write_picture', 'stain_image_file', 'colour_difference',
-           'structure_kept', 'batch_concentrations', 'StainJitter', 'RandomReference', 'compare_slides', 'plot_slides']
+           'ink_share', 'give_back_ink', 'PaintPlan', 'paint_plan', 'repaint_tensor', 'repaint_fused', 'compiled',
+           'repaint', 'colour_transfer', 'luminosity_level', 'standardise_luminosity', 'already_like',
+           'StainNormalizer', 'normalise_dataset', 'slide_paths', 'fit_reference', 'normalise_file', 'stain_picture',
+           'stain_folder', 'stain_image_file', 'colour_difference', 'structure_kept', 'batch_concentrations',
+           'change_dyes', 'StainJitter', 'RandomReference', 'compare_slides', 'plot_slides']
 
-# %% ../nbs/01_stain.ipynb #c2976b8a
-import inspect, json, math, re
+# %% ../nbs/01_stain.ipynb #1f3c2e53
+import functools, importlib.util, inspect, json, math, re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FunctionType
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 from scipy import ndimage
 
-from .core import BadInput, as_uint8, atomic, choose, did_you_mean, plain, read_json, write_json
+from .core import BadInput, as_uint8, atomic, choose, did_you_mean, make_dir, plain, read_json, write_json
+from .pictures import open_picture, picture_format, read_picture, write_picture
 
 # %% ../nbs/01_stain.ipynb #dd8c254c
 def as_rgb(
@@ -330,6 +333,32 @@ def _lab_figures(pixels):
     lab = rgb_to_lab(pixels[::max(1, len(pixels) // 20000)]).astype(float)
     return dict(lab_mean=lab.mean(0), lab_std=lab.std(0), lab_median=np.median(lab, 0))
 
+# %% ../nbs/01_stain.ipynb #216757bf
+def ink_share(
+    r, g, b,  # float32 optical densities against 255
+):            # float32, 0 for dye to 1 for ink
+    "How surely a colour is ink: black or grey, or pen."
+    f = np.float32
+    top, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
+    grey = (low - f(.85) * top) * f(16)
+    pen = (np.maximum(r, b) - f(1.75) * g) * f(4)
+    blue = np.minimum((r - f(1.1) * g) * f(10), (f(.25) * r - b) * f(16))
+    share = np.minimum(np.maximum(np.maximum(grey, pen), blue), (top - f(.4)) * f(5))
+    return np.maximum(np.minimum(share, f(1)), f(0))
+
+_DENSITY = rgb_to_od(np.arange(256))
+
+def give_back_ink(
+    rgb,       # (..., 3k) uint8, pixels as they were
+    light,     # float32 of the same size, repainted; changed in place
+)->np.ndarray: # `light`
+    "Repainted pixels with the colour that ink had."
+    old, new = rgb.reshape(-1, 3), light.reshape(-1, 3)
+    share = ink_share(*_DENSITY[old.T])
+    ink = np.flatnonzero(share); share = share[ink, None]
+    new[ink] = new[ink] * (1 - share) + old[ink] * share
+    return light
+
 # %% ../nbs/01_stain.ipynb #904091a6
 class PaintPlan(NamedTuple):
     "The constants of a slide's repainting, for a row of b pixels."
@@ -341,7 +370,7 @@ class PaintPlan(NamedTuple):
     low: float          # of the lightness: tissue below, glass above `high`
     high: float
 
-# %% ../nbs/01_stain.ipynb #831b23e1
+# %% ../nbs/01_stain.ipynb #3d376b90
 def paint_plan(
     vectors,                    # (2, 3) of the slide
     target,                     # (2, 3) of the reference
@@ -361,7 +390,7 @@ def paint_plan(
     fade = -rest / (high - low)
     parts, mix = [v.T @ np.linalg.inv(v @ v.T), v.T], [-np.asarray(scale, float).reshape(2, 1) * t]
     if np.abs(rest).max() > 1e-6: parts.append(-np.ones((3, 1))); mix.append(fade[None])
-    base = 255 * np.exp(-glass_target @ t - fade * low)
+    base = 255.0005 * np.exp(-glass_target @ t - fade * low)    # so that rounding does not make 254 of 255
     arrays = (np.tile(np.exp(shift) / 255, block), np.hstack([-np.kron(eye, m) for m in parts]), np.tile(glass, block), np.vstack([np.kron(eye, m) for m in mix]), np.tile(base, block))
     return PaintPlan(*(np.ascontiguousarray(a, np.float32) for a in arrays), float(low), float(high))
 
@@ -370,8 +399,8 @@ def _buffers(plan, n, empty):
     "Room for n rows: grey levels, densities, and what the unmixing gives."
     return [empty((n, a.shape[-1]), dtype) for a, dtype in ((plan.factor, "uint8"), (plan.factor, "float32"), (plan.unmix, "float32"))]
 
-# %% ../nbs/01_stain.ipynb #3212c187
-def _repaint_numpy(rows, out, plan, starts, chunk):
+# %% ../nbs/01_stain.ipynb #3af1d7d3
+def _repaint_numpy(rows, out, plan, starts, chunk, keep=False):
     "Repaint the chunks of (n, 3b) uint8 rows that begin at `starts`, numpy."
     half, width, buffers = len(plan.glass), len(plan.mix), _buffers(plan, min(chunk, len(rows)), np.empty)
     for s in starts:
@@ -382,7 +411,9 @@ def _repaint_numpy(rows, out, plan, starts, chunk):
         c -= plan.glass; np.maximum(c, 0, out=c)
         if width > half: np.clip(h[:, 2 * half:], plan.low, plan.high, out=h[:, half:width])
         np.exp(np.matmul(h[:, :width], plan.mix, out=x), out=x)
-        np.copyto(out[s:s + chunk], np.multiply(x, plan.base, out=x), casting="unsafe")
+        np.multiply(x, plan.base, out=x)
+        if keep: give_back_ink(rows[s:s + chunk], x)
+        np.copyto(out[s:s + chunk], x, casting="unsafe")
 
 def repaint_tensor(
     rows,          # (n, 3b) uint8 tensor on any device
@@ -401,18 +432,102 @@ def repaint_tensor(
     if width > half: torch.clamp(h[:, 2 * half:], plan.low, plan.high, out=h[:, half:width])
     return torch.mm(h[:, :width], mix, out=x).exp_().mul_(base)
 
-# %% ../nbs/01_stain.ipynb #595f3f27
-def _repaint_torch(rows, out, plan, starts, chunk, device="cpu"):
+# %% ../nbs/01_stain.ipynb #982dd20e
+def _repaint_torch(rows, out, plan, starts, chunk, keep=False, device="cpu"):
     "Repaint the chunks of (n, 3b) uint8 rows that begin at `starts`, torch."
     import torch
     buffers = _buffers(plan, min(chunk, len(rows)), lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=device))
     for s in starts:
         part = rows[s:s + chunk]
         new = repaint_tensor(torch.from_numpy(part if part.flags.writeable else part.copy()).to(device), plan, buffers)
-        if device == "cpu": np.copyto(out[s:s + chunk], new.numpy(), casting="unsafe")       # numpy cuts to uint8 four times as fast
+        if keep: new = give_back_ink(part, new.cpu().numpy())
+        if device == "cpu" or keep: np.copyto(out[s:s + chunk], new, casting="unsafe")       # numpy cuts to uint8 four times as fast
         else: torch.from_numpy(out[s:s + chunk]).copy_(new.to(torch.uint8))
 
-# %% ../nbs/01_stain.ipynb #a4dfe1ff
+# %% ../nbs/01_stain.ipynb #c2980408
+def _log_light(old, tables, r, g, b):
+    "Logarithms of the light of (3n,) uint8 pixels, one channel each."
+    for i in range(len(r)): r[i] = tables[0, old[3 * i]]
+    for i in range(len(g)): g[i] = tables[1, old[3 * i + 1]]
+    for i in range(len(b)): b[i] = tables[2, old[3 * i + 2]]
+
+def _mix_dyes(r, g, b, unmix, inverse, glass, mix, base, ends):
+    "Logarithms of the light (n,) to those of the new light, base 2, in place."
+    for i in range(len(r)):
+        h0 = unmix[0][0] * r[i] + unmix[0][1] * g[i] + unmix[0][2] * b[i]
+        h1 = unmix[1][0] * r[i] + unmix[1][1] * g[i] + unmix[1][2] * b[i]
+        c0 = max(min(inverse[0] * h0 + inverse[1] * h1, h0) - glass[0], np.float32(0))
+        c1 = max(min(inverse[1] * h0 + inverse[2] * h1, h1) - glass[1], np.float32(0))
+        light = max(min(r[i] + g[i] + b[i], ends[1]), ends[0])
+        r[i] = base[0] + c0 * mix[0][0] + c1 * mix[1][0] + light * mix[2][0]
+        g[i] = base[1] + c0 * mix[0][1] + c1 * mix[1][1] + light * mix[2][1]
+        b[i] = base[2] + c0 * mix[0][2] + c1 * mix[1][2] + light * mix[2][2]
+
+def _exp2_bytes(level, out):
+    "Two to the power of (n,) float32, right to 1e-7 of its value, cut to a whole number of 0-255."
+    f = np.float32
+    for i in range(len(level)):
+        e = max(min(level[i] + f(1), f(8.99999)), f(0))
+        n = np.int32(e); x = e - f(n)
+        power = f(1) + x * (f(.69315184) + x * (f(.24016123) + x * (f(.05580932) + x * (f(.0090042) + x * f(.00187341)))))
+        out[i] = np.uint8(np.int32(power * f(1 << 23)) >> (np.int32(24) - n))
+
+# %% ../nbs/01_stain.ipynb #45ae2b40
+def _find_ink(r, g, b, black, share):
+    "The share of ink of each pixel from the logarithms of its light, and whether there is any."
+    for i in range(len(r)): share[i] = ink_share(black[0] - r[i], black[1] - g[i], black[2] - b[i])
+    total = np.float32(0)
+    for i in range(len(r)): total += share[i]
+    return total > 0
+
+def _give_back(old, share, channel, new):
+    "One channel of (3n,) uint8 pixels given back where ink is."
+    for i in range(len(share)):
+        if share[i] > 0: new[i] = np.uint8(new[i] * (np.float32(1) - share[i]) + old[3 * i + channel] * share[i])
+
+def repaint_fused(rgb, out, tables, unmix, inverse, glass, mix, base, ends, black, keep):
+    "Repaint (3n,) uint8 pixels, a thousand at a time."
+    size = 1024
+    r, g, b, share = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    x, y, z = np.empty(size, np.uint8), np.empty(size, np.uint8), np.empty(size, np.uint8)
+    for s in range(0, len(rgb), 3 * size):
+        old, new = rgb[s:s + 3 * size], out[s:s + 3 * size]
+        n = len(old) // 3
+        _log_light(old, tables, r[:n], g[:n], b[:n])
+        ink = keep and _find_ink(r[:n], g[:n], b[:n], black, share[:n])
+        _mix_dyes(r[:n], g[:n], b[:n], unmix, inverse, glass, mix, base, ends)
+        _exp2_bytes(r[:n], x); _exp2_bytes(g[:n], y); _exp2_bytes(b[:n], z)
+        if ink: _give_back(old, share[:n], 0, x); _give_back(old, share[:n], 1, y); _give_back(old, share[:n], 2, z)
+        for i in range(n): new[3 * i] = x[i]; new[3 * i + 1] = y[i]; new[3 * i + 2] = z[i]
+
+# %% ../nbs/01_stain.ipynb #55594307
+@functools.cache
+def compiled():
+    "`repaint_fused` compiled, and kept on disk for the next process; `BadInput` where numba is not installed."
+    try: import numba
+    except ImportError: raise BadInput("engine numba is not installed; install the extra 'fast', or use engine=auto") from None
+    jit = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=__name__ != "__main__")
+    scope = dict(np=np, __name__=__name__)
+    for f in (ink_share, _log_light, _mix_dyes, _exp2_bytes, _find_ink, _give_back, repaint_fused):
+        scope[f.__name__] = jit(FunctionType(f.__code__, scope, f.__name__))
+    return scope["repaint_fused"]
+
+def _fused_constants(plan):
+    "A plan as `repaint_fused` takes it: tables of logarithms, and tuples of float32."
+    half, wide = len(plan.glass), len(plan.mix) > len(plan.glass)
+    factor, unmix = plan.factor[:3].astype(float), plan.unmix[:3, half:half + 2].astype(float)
+    inverse = np.linalg.inv(unmix.T @ unmix)
+    mix = np.vstack([plan.mix[:2, :3], plan.mix[half, :3] if wide else np.zeros(3)]) / math.log(2)
+    number = lambda a: tuple(number(v) for v in a) if np.ndim(a) else np.float32(a)
+    tables = np.log(np.maximum(np.arange(256), 1) * factor[:, None]).astype(np.float32)
+    return tables, *map(number, (unmix.T, inverse[np.triu_indices(2)], plan.glass[:2], mix, np.log2(plan.base[:3].astype(float)), (plan.low, plan.high), np.log(255 * factor)))
+
+def _repaint_numba(rows, out, plan, starts, chunk, keep=False):
+    "Repaint the chunks of (n, 3b) uint8 rows that begin at `starts`, numba."
+    constants = _fused_constants(plan)
+    for s in starts: compiled()(rows[s:s + chunk].reshape(-1), out[s:s + chunk].reshape(-1), *constants, keep)
+
+# %% ../nbs/01_stain.ipynb #5216b4d5
 def _share_out(work, n, chunk, threads):
     "Run `work(starts)` over the chunks of n rows in threads that do not wait for each other."
     import torch
@@ -425,34 +540,40 @@ def _share_out(work, n, chunk, threads):
         with ThreadPoolExecutor(threads) as pool: list(pool.map(alone, range(threads)))
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/01_stain.ipynb #23425ee1
+
+def _threads(engine, device):
+    "How many threads an engine works in."
+    if engine == "numba": compiled(); import numba; return numba.get_num_threads()
+    import torch
+    return min(8, torch.get_num_threads()) if device == "cpu" else 1
+
+# %% ../nbs/01_stain.ipynb #8a5d3c9e
 def repaint(
     image,                   # (H, W, 3) uint8
     plan: PaintPlan,
-    engine: str = "torch",   # torch or numpy
-    device: str = "cpu",
+    engine: str = "torch",   # torch, numpy or numba
+    device: str = "cpu",     # where torch works
     out=None,                # (H, W, 3) uint8 to write to; may be `image` itself
     pixels: int = 2**17,     # in memory at a time, for each thread
-    threads: int = None,     # None: as many as torch uses, 8 at most
+    threads: int = None,     # None: as many as numba or torch uses; of the latter 8 at most
+    keep_ink: bool = False,  # pixels that are no dye keep their colour
 )->np.ndarray:               # (H, W, 3) uint8
     "The picture with its dyes exchanged; extra memory beside the result does not grow with the picture."
-    import torch
     image = np.ascontiguousarray(image)
     out = np.empty_like(image) if out is None else out
     step = plan.factor.size; chunk = max(1, 3 * pixels // step)
     flat, result = image.reshape(-1), out.reshape(-1)
     whole = flat.size // step * step
-    threads = 1 if device != "cpu" else threads or min(8, torch.get_num_threads())
-    def run(a, b):
-        work = (lambda starts: _repaint_torch(a, b, plan, starts, chunk, device)) if engine == "torch" else lambda starts: _repaint_numpy(a, b, plan, starts, chunk)
-        _share_out(work, len(a), chunk, threads)
+    threads = threads or _threads(engine, device)
+    work = dict(torch=functools.partial(_repaint_torch, device=device), numpy=_repaint_numpy, numba=_repaint_numba)[engine]
+    def run(a, b): _share_out(lambda starts: work(a, b, plan, starts, chunk, keep_ink), len(a), chunk, threads)
     run(flat[:whole].reshape(-1, step), result[:whole].reshape(-1, step))
     if whole < flat.size:
         rest = np.ones((1, step), np.uint8); rest[0, :flat.size - whole] = flat[whole:]
         run(rest, rest); result[whole:] = rest[0, :flat.size - whole]
     return out
 
-# %% ../nbs/01_stain.ipynb #13be32ca
+# %% ../nbs/01_stain.ipynb #3a550f6e
 class _Staintools:
     "The two calls into staintools that are needed."
     def __init__(self):
@@ -467,7 +588,7 @@ class _Staintools:
         "The stain matrix of (n, 3) uint8 pixels."
         return self.extract.get(method, self.extract["vahadane"]).get_stain_matrix(np.array(pixels[None]))
 
-    def repaint(self, image, plan, out, vectors, penalty=.01, band=256):
+    def repaint(self, image, plan, out, vectors, penalty=.01, keep_ink=False, band=256):
         "The transform of staintools with given matrices, band by band; glass as in `paint_plan`."
         mix = plan.mix[[0, 1, *range(len(plan.glass), len(plan.mix))][:3], :3].astype(float)      # what the first pixel of the row uses
         dictionary = np.asfortranarray(np.asarray(vectors, float).T)
@@ -477,7 +598,8 @@ class _Staintools:
             c = self.spams.lasso(X=np.asfortranarray(od.T), D=dictionary, mode=2, lambda1=penalty, pos=True).toarray().T
             c = np.maximum(c - plan.glass[:2], 0)
             if len(mix) > 2: c = np.hstack([c, np.clip(np.log(rgb * plan.factor[:3].astype(float)).sum(1), plan.low, plan.high)[:, None]])
-            out[y:y + band] = (plan.base[:3] * np.exp(c @ mix)).reshape(image[y:y + band].shape).astype(np.uint8)
+            light = (plan.base[:3] * np.exp(c @ mix)).reshape(image[y:y + band].shape)
+            out[y:y + band] = (give_back_ink(image[y:y + band], light) if keep_ink else light).astype(np.uint8)
         return out
 
 # %% ../nbs/01_stain.ipynb #b0c41eed
@@ -488,13 +610,14 @@ def _staintools():
     if not _oracle: _oracle.append(_Staintools())
     return _oracle[0]
 
-# %% ../nbs/01_stain.ipynb #6aeb80c1
+# %% ../nbs/01_stain.ipynb #fb9eff57
 def colour_transfer(
     image,                  # (H, W, 3) uint8
     source: dict,           # report of `measure`
     target: dict,           # report of the reference
     modified: bool = False, # Roy's variant
     out=None,
+    keep_ink: bool = False, # pixels that are no dye keep their colour
     band: int = 64,         # rows at a time
 )->np.ndarray:              # (H, W, 3) uint8
     "Mean and spread of tissue colours made those of the reference (Reinhard et al. 2001; modified: Roy et al. 2021)."
@@ -507,6 +630,7 @@ def colour_transfer(
         lab = rgb_to_lab(image[y:y + band])
         moved = (lab - mean) * gain + to
         part = np.clip((np.linalg.norm(lab - glass, axis=-1, keepdims=True) - 4) / 8, 0, 1)
+        if keep_ink: part *= 1 - ink_share(*_DENSITY[_planes(image[y:y + band])])[..., None]
         out[y:y + band] = lab_to_rgb(lab + part * (moved - lab))
     return out
 
@@ -532,20 +656,21 @@ def standardise_luminosity(
         out[y:y + band] = lab_to_rgb(lab)
     return out
 
-# %% ../nbs/01_stain.ipynb #58d0f4dc
-ENGINES = ("auto", "torch", "numpy", "staintools")
+# %% ../nbs/01_stain.ipynb #d9b1009a
+ENGINES = ("auto", "numba", "torch", "numpy", "staintools")
 
 class _Params:
     "The parameters of a `StainNormalizer`, scikit-learn's way."
     def __init__(self,
         method: str = "vahadane",  # vahadane, macenko, ruifrok, reinhard, modified-reinhard
-        engine: str = "auto",      # auto (the built-in one on torch), torch, numpy, staintools
+        engine: str = "auto",      # auto (on the CPU numba where it is installed, else torch), numba, torch, numpy, staintools
         device: str = "cpu",       # where the torch engine repaints: cpu, cuda, auto
         luminosity: bool = False,  # stretch the brightness first, so that glass is white
         white: float = None,       # white point of all pictures; None looks for glass in each, 255 is what staintools takes
         penalty: float = .01,      # lambda of the amounts
+        keep_ink: bool = False,    # printed dots, pen and black keep their colour; False repaints every pixel, as staintools does
     ):
-        self.method, self.engine, self.device, self.luminosity, self.white, self.penalty = method, engine, device, luminosity, white, penalty
+        self.method, self.engine, self.device, self.luminosity, self.white, self.penalty, self.keep_ink = method, engine, device, luminosity, white, penalty, keep_ink
 
     def get_params(self, deep=True): return {k: getattr(self, k) for k in inspect.signature(type(self)).parameters}
 
@@ -562,14 +687,22 @@ def _as_picture(image):
     "A picture in memory as uint8 RGB; a dataset of a file stays where it is."
     return image if hasattr(image, "chunks") else as_rgb(image)
 
-# %% ../nbs/01_stain.ipynb #c0ef1969
+# %% ../nbs/01_stain.ipynb #34d668dd
+def _device(device):
+    "A device that is there."
+    if device == "cpu": return device
+    from histokit.core import pick_device
+    return pick_device(device)
+
 class _Reference(_Params):
     "A `StainNormalizer` that knows its reference."
     def _check(self):
         choose(self.method, METHODS, "method"); choose(self.engine, ENGINES, "engine")
         if self.engine == "staintools": _staintools()
         if self.engine == "staintools" and self.method not in ("vahadane", "macenko"): raise BadInput(f"engine=staintools has no method {self.method}; use engine=auto")
-        self.engine_ = "torch" if self.engine == "auto" else self.engine
+        if self.engine == "numba": compiled()
+        on_cpu = self.engine == "auto" and importlib.util.find_spec("numba") and _device(self.device) == "cpu"
+        self.engine_ = self.engine if self.engine != "auto" else "numba" if on_cpu else "torch"
 
     def measure(self, image):
         "The report of a picture (or dataset of an open HDF5 file), with this normaliser's method and engine."
@@ -590,7 +723,7 @@ class _Reference(_Params):
             for k in ("stain_matrix", "max_concentration", "white"))
         return self
 
-# %% ../nbs/01_stain.ipynb #9e365715
+# %% ../nbs/01_stain.ipynb #19d68ab2
 def already_like(
     source: dict,         # report of a slide
     target: dict,         # report of the reference
@@ -605,13 +738,7 @@ def already_like(
     painted = source.get("off_plane") is not None and source["off_plane"] < .006
     return bool(painted and abs(90 - degrees_between(t, np.asarray(source["plane"])[None])).max() < 1.5 and turned < 8)
 
-def _device(device):
-    "A device that is there."
-    if device == "cpu": return device
-    from histokit.core import pick_device
-    return pick_device(device)
-
-# %% ../nbs/01_stain.ipynb #54e8de6f
+# %% ../nbs/01_stain.ipynb #65e25e10
 class _Repaint(_Reference):
     "A `StainNormalizer` that repaints."
     def decide(self, source):
@@ -625,11 +752,11 @@ class _Repaint(_Reference):
     def apply(self, image, source, out=None):
         "Repaint (H, W, 3) uint8 pixels of a slide whose report is known."
         if source.get("luminosity"): image = standardise_luminosity(image, source["luminosity"])
-        if "reinhard" in self.method: return colour_transfer(image, source, self.reference_, "modified" in self.method, out)
+        if "reinhard" in self.method: return colour_transfer(image, source, self.reference_, "modified" in self.method, out, self.keep_ink)
         vectors, scale = np.asarray(source["stain_matrix"], float), self.max_concentration_ / np.maximum(source["max_concentration"], 1e-6)
         plan = paint_plan(vectors, self.stain_matrix_, scale, source["white"], self.white_, self.penalty)
-        if self.engine_ == "staintools": return _staintools().repaint(image, plan, np.empty_like(image) if out is None else out, vectors, self.penalty)
-        return repaint(image, plan, self.engine_, _device(self.device), out)
+        if self.engine_ == "staintools": return _staintools().repaint(image, plan, np.empty_like(image) if out is None else out, vectors, self.penalty, self.keep_ink)
+        return repaint(image, plan, self.engine_, _device(self.device) if self.engine_ == "torch" else "cpu", out, keep_ink=self.keep_ink)
 
 # %% ../nbs/01_stain.ipynb #5e4d57e0
 class StainNormalizer(_Repaint):
@@ -753,50 +880,58 @@ def normalise_file(
             _stain_attributes(new, reports[name], "none" if normaliser is None else normaliser.engine_)
     return reports
 
-# %% ../nbs/01_stain.ipynb #7c6a9c93
-def read_picture(
-    path,      # PNG, JPEG, TIFF and what else Pillow reads
-)->np.ndarray: # (H, W), (H, W, 3) or (H, W, 4), uint8 or uint16
-    "The pixels of a picture; `BadInput` when it is none."
-    from PIL import Image, UnidentifiedImageError
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None          # slides are large on purpose
-    try:
-        with Image.open(path) as im:
-            if im.mode in ("RGB", "RGBA", "L", "I;16"): return np.array(im)
-            return np.array(im.convert("RGBA" if "transparency" in im.info or "A" in im.mode else "RGB"))
-    except FileNotFoundError: raise BadInput(f"{path} does not exist; check the path") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as e: raise BadInput(f"{path} cannot be read as a picture ({e}); use PNG, JPEG or TIFF") from None
-    finally: Image.MAX_IMAGE_PIXELS = limit
+# %% ../nbs/01_stain.ipynb #1210c916
+def stain_picture(
+    normaliser,       # a fitted StainNormalizer
+    path_in,          # picture, as `open_picture` takes it
+    path_out,         # ends in .png, .jpg, .jpeg, .tif or .tiff
+    tile: int = 512,  # pixels on a side worked on at a time, and of the tiles of a TIFF
+)->dict:              # report
+    "Repaint a picture from file to file; what cannot be repainted is written as it was."
+    picture_format(path_out)
+    with open_picture(path_in) as picture:
+        report = normaliser.decide(normaliser.measure(picture))
+        write_picture(path_out, picture.map(lambda part: normaliser.transform(part, report)), tile)
+    return report
 
-_JPEG, _TIFF = dict(quality=95, subsampling=0), dict(compression="tiff_deflate")
-_FORMATS = {".png": {}, ".jpg": _JPEG, ".jpeg": _JPEG, ".tif": _TIFF, ".tiff": _TIFF}
+# %% ../nbs/01_stain.ipynb #05ae89f6
+def stain_folder(
+    normaliser,   # a fitted StainNormalizer
+    folder_in,    # pictures: .png, .jpg, .jpeg, .tif, .tiff, .svs
+    folder_out,   # another folder; .svs become .svs.tif
+    tile: int = 512,
+)->dict:          # file name -> report; `written` is False where there was no picture to be had
+    "Repaint all pictures of a folder to one reference."
+    kinds = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs")
+    paths = sorted(p for p in Path(folder_in).iterdir() if p.suffix.lower() in kinds and not p.name.startswith("."))
+    if not paths: raise BadInput(f"{folder_in} holds no picture ({', '.join(kinds)})")
+    if Path(folder_out).resolve() == Path(folder_in).resolve(): raise BadInput(f"{folder_out} is where the pictures come from; choose another folder for the results")
+    make_dir(folder_out)
+    reports = {}
+    for path in paths:
+        try: reports[path.name] = dict(written=True) | stain_picture(normaliser, path, Path(folder_out)/(path.name + ".tif" * (path.suffix.lower() == ".svs")), tile)
+        except BadInput as e: reports[path.name] = dict(written=False, ok=False, done=False, reason=str(e))
+    return reports
 
-def write_picture(
-    path,   # ends in .png, .jpg, .jpeg, .tif or .tiff
-    image,  # (H, W), (H, W, 3) or (H, W, 4) uint8
-)->Path:
-    "Write a picture, whole or not at all."
-    from PIL import Image
-    kind = choose(Path(path).suffix.lower(), list(_FORMATS), "format of the result")
-    image = as_rgb(image) if kind in (".jpg", ".jpeg") else image
-    with atomic(path) as tmp: Image.fromarray(image).save(tmp, **_FORMATS[kind])
-    return Path(path)
-
-# %% ../nbs/01_stain.ipynb #5beedc42
+# %% ../nbs/01_stain.ipynb #5ee0369b
 def stain_image_file(
-    path_in,                  # picture (PNG, JPEG, TIFF), or HDF5 in the competition's layout
+    path_in,                  # picture, HDF5 in the competition's layout, or a folder of pictures
     path_ref,                 # picture, saved normaliser (.json), or a slide of that HDF5
     path_out,                 # of the same kind as `path_in`
     method: str = "vahadane",
+    tile: int = 512,          # pixels on a side worked on at a time
     **params,                 # more parameters of StainNormalizer
-)->dict:                      # report; for an HDF5 slide -> report
-    "Normalise a file to a reference; a picture that cannot be normalised is written as it was, and the report says so."
-    if Path(path_in).suffix.lower() in (".h5", ".hdf5", ".hdf"): return normalise_file(path_in, path_out, method, path_ref, **params)
-    choose(method, METHODS, "method"); choose(Path(path_out).suffix.lower(), list(_FORMATS), "format of the result")
-    image = read_picture(path_in)
+)->dict:                      # report; for an HDF5 slide -> report, for a folder file name -> report
+    "Normalise a file to a reference; what cannot be normalised is written as it was, and the report says so."
+    hdf5 = (".h5", ".hdf5", ".hdf")
+    if Path(path_in).suffix.lower() in hdf5:
+        choose(Path(path_out).suffix.lower(), hdf5, "format of the result")
+        return normalise_file(path_in, path_out, method, path_ref, tile, **params)
+    many = Path(path_in).is_dir()
+    if not many: picture_format(path_out)
+    choose(method, METHODS, "method")
     normaliser = fit_reference(StainNormalizer(method, **params), path_ref)
-    write_picture(path_out, normaliser.transform(image))
-    return normaliser.report_
+    return (stain_folder if many else stain_picture)(normaliser, path_in, path_out, tile)
 
 # %% ../nbs/01_stain.ipynb #a7803808
 def colour_difference(
@@ -819,32 +954,40 @@ def structure_kept(
     va, vb, cov = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
     return float(((2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma ** 2 + mb ** 2 + 1e-4) * (va + vb + 9e-4))).mean())
 
-# %% ../nbs/01_stain.ipynb #a7bb8ddd
+# %% ../nbs/01_stain.ipynb #c23607b4
 def batch_concentrations(
-    batch,                 # (B, 3, H, W) float in 0-1, torch
+    batch,                 # (B, 3, H, W) float, torch
     vectors,               # (2, 3) unit rows
     penalty: float = .01,
+    white: float = 1.,     # the level of full light: 1 or 255
 ):                         # (B, 2, H, W) amounts of H and E
     "The closed form for a batch on its own device."
     import torch
-    v = torch.as_tensor(np.asarray(vectors), dtype=batch.dtype, device=batch.device)
-    h = torch.einsum("kc,bchw->bkhw", v, -batch.clamp(min=1 / 255).log()) - penalty
-    g = float(v[0] @ v[1])
-    return torch.minimum((h - g * h.flip(1)) / max(1 - g * g, 1e-6), h).clamp_(min=0)
+    v = np.asarray(vectors, float); g = float(v[0] @ v[1])
+    number = lambda a: torch.as_tensor(np.asarray(a, float)).to(batch)
+    h = torch.matmul(number(-v), batch.flatten(2).clamp(min=white / 255).log_()).add_(number(math.log(white) * v.sum(1, keepdims=True) - penalty))
+    u = torch.matmul(number([[1, -g], [-g, 1]]) / max(1 - g * g, 1e-6), h)
+    return torch.minimum(u, h).clamp_(min=0).unflatten(2, batch.shape[2:])
 
-def _change_light(batch, change, was):
-    "Take (B, 3, H, W) more optical density from pictures in 0-1, and give them back in the type they had."
-    import torch
-    out = (batch * torch.exp(-change)).clamp_(0, 1)
-    return (out * 255 + .5).to(torch.uint8) if was == torch.uint8 else out
-
-def _as_batch(batch):
-    "A batch as float in 0-1, and the type it had."
+def change_dyes(
+    batch,     # (B, 3, H, W) uint8, or float in 0-1, torch
+    vectors,   # (2, 3) the dyes that the batch has
+    change,    # from amounts (b, 2, n) of some pictures, and the slice of the batch that they are, to how much is added of each dye
+    added,     # (B, 2, 3) the dyes that are added
+):             # like `batch`
+    "A batch with dye added or taken, on its own device; on the CPU one picture after the other, which stays in the cache."
     import torch
     if not isinstance(batch, torch.Tensor) or batch.ndim != 4 or batch.shape[1] != 3: raise BadInput("stain augmentation takes a torch batch (B, 3, H, W), uint8 or float in 0-1")
-    return (batch.float() / 255 if batch.dtype == torch.uint8 else batch), batch.dtype
+    out, white = torch.empty_like(batch), 255. if batch.dtype == torch.uint8 else 1.
+    half, step = white // 255 / 2, 1 if batch.device.type == "cpu" else max(len(batch), 1)
+    for some in (slice(s, s + step) for s in range(0, len(batch), step)):
+        x = batch[some].float()
+        amounts = batch_concentrations(x, vectors, white=white).flatten(2)
+        new = torch.matmul(-added[some].to(x).mT, change(amounts, some)).exp_().mul_(x.flatten(2))
+        out[some] = new.add_(half).clamp_(0, white + half).unflatten(2, x.shape[2:]).to(batch.dtype)
+    return out
 
-# %% ../nbs/01_stain.ipynb #966def5e
+# %% ../nbs/01_stain.ipynb #e10db7ce
 class StainJitter:
     "Amounts of dye changed at random in a batch (Tellez et al., IEEE TMI 2018)."
     def __init__(self,
@@ -856,15 +999,13 @@ class StainJitter:
     def __call__(self, batch):
         "A batch (B, 3, H, W) with other amounts of dye; type and device stay."
         import torch
-        x, was = _as_batch(batch)
-        c = batch_concentrations(x, self.stain_matrix)
-        draw = (torch.rand(2, len(x), 2, 1, 1) * 2 - 1).to(x)
-        there = (c.sum(1, keepdim=True) * 5).clamp(max=1)
-        change = torch.maximum(draw[0] * self.factor * c + draw[1] * self.shift * there, -c)
-        v = torch.as_tensor(self.stain_matrix).to(x)
-        return _change_light(x, torch.einsum("kc,bkhw->bchw", v, change), was)
+        factor, shift = ((torch.rand(len(batch), 2, 1) * 2 - 1) * s for s in (self.factor, self.shift))
+        def change(c, some):
+            there = c.sum(1, keepdim=True).mul_(5).clamp_(max=1)
+            return torch.maximum((c * factor[some].to(c)).addcmul_(there, shift[some].to(c)), -c)
+        return change_dyes(batch, self.stain_matrix, change, torch.as_tensor(self.stain_matrix).expand(len(batch), 2, 3))
 
-# %% ../nbs/01_stain.ipynb #23234626
+# %% ../nbs/01_stain.ipynb #b574a7f9
 class RandomReference:
     "A new reference for each picture, drawn from the looks of given slides (after RandStainNA, Shen et al., MICCAI 2022)."
     def __init__(self,
@@ -882,13 +1023,11 @@ class RandomReference:
     def __call__(self, batch):
         "A batch (B, 3, H, W), each picture with a look of its own; type and device stay."
         import torch
-        x, was = _as_batch(batch)
-        draw = lambda mean, std: torch.as_tensor(mean).to(x) + self.spread * torch.as_tensor(std).to(x) * torch.randn(len(x), *mean.shape).to(x)
+        draw = lambda mean, std: torch.as_tensor(mean) + self.spread * torch.as_tensor(std) * torch.randn(len(batch), *mean.shape)
         target = torch.nn.functional.normalize(draw(*self.vectors).clamp(min=1e-3), dim=-1)
-        scale = draw(*self.strength).exp() / torch.as_tensor(np.maximum(self.source["max_concentration"], 1e-3)).to(x)
-        c = batch_concentrations(x, self.source["stain_matrix"])
-        delta = target * scale[..., None] - torch.as_tensor(np.asarray(self.source["stain_matrix"], float)).to(x)
-        return _change_light(x, torch.einsum("bkc,bkhw->bchw", delta, c), was)
+        scale = draw(*self.strength).exp() / torch.as_tensor(np.maximum(self.source["max_concentration"], 1e-3))
+        own = torch.as_tensor(np.asarray(self.source["stain_matrix"], float))
+        return change_dyes(batch, own, lambda c, some: c, target * scale[..., None] - own)
 
 # %% ../nbs/01_stain.ipynb #c96bdf2e
 def compare_slides(

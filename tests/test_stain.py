@@ -1,5 +1,5 @@
 "What the stain notebook cannot say about itself: staintools as the oracle, pictures that cannot be normalised, files."
-import json, pickle
+import importlib.util, json, pickle
 
 import h5py
 import numpy as np
@@ -29,6 +29,7 @@ def paint(vectors=KNOWN, size=200, glass=255, strength=(1.2, .8), seed=0):
     return slide.clip(0, 255).round().astype(np.uint8), tissue
 
 
+FAST = ["numpy", "torch"] + ["numba"] * bool(importlib.util.find_spec("numba"))        # the engines of our own that are here
 SLIDE, TISSUE = paint()
 SECOND, _ = paint(OTHER, strength=(.8, 1.), seed=3)
 
@@ -62,7 +63,7 @@ def test_vectors_are_those_of_staintools(theirs, method, image):
     assert hs.degrees_between(got, expected).max() < 2
 
 
-@pytest.mark.parametrize("engine", ["numpy", "torch", "staintools"])
+@pytest.mark.parametrize("engine", [*FAST, "staintools"])
 def test_pixels_are_those_of_staintools(theirs, engine):
     rng = np.random.default_rng(0)
     image = np.concatenate([SECOND[:101, :97], rng.integers(0, 256, (101, 60, 3), np.uint8)], 1)      # any colour at all, black and white too
@@ -78,10 +79,47 @@ def test_pixels_are_those_of_staintools(theirs, engine):
 def test_engines_agree_on_tinted_glass(theirs):
     source, reference = paint(OTHER, glass=np.array([238, 230, 236]), seed=4)[0], paint(glass=np.array([245, 243, 244]))[0]
     results = {}
-    for engine in ("numpy", "torch", "staintools"):
+    for engine in (*FAST, "staintools"):
         n = hs.StainNormalizer(engine=engine).set_reference(hs.measure(reference))
         results[engine] = n.transform(source, hs.measure(source)).astype(int)
-    for engine in ("torch", "staintools"): assert np.abs(results[engine] - results["numpy"]).max() <= 1, engine
+    for engine in results: assert np.abs(results[engine] - results["numpy"]).max() <= 1, engine
+
+
+ANY_COLOUR = np.stack(np.meshgrid(*[np.r_[0:6, 7:250:7, 250:256]] * 3), -1).reshape(-1, 47, 3).astype(np.uint8)       # 47^3 colours, among them the ends
+
+
+@pytest.mark.parametrize("keep_ink", [False, True])
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_engines_agree_on_every_colour(keep_ink, seed, tinted):
+    rng = np.random.default_rng(seed)
+    v, t = (rng.uniform(.02, 1, (2, 3)) for _ in range(2))
+    v, t = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in (v, t))
+    if hs.degrees_between(*v) < 5: return
+    whites = rng.uniform(190, 255, (2, 3)) if tinted else (255, 255)
+    plan = hs.paint_plan(v, t, rng.uniform(.3, 3, 2), *whites)
+    expected = hs.repaint(ANY_COLOUR, plan, "numpy", keep_ink=keep_ink).astype(int)
+    for engine in FAST:
+        off = np.abs(hs.repaint(ANY_COLOUR, plan, engine, keep_ink=keep_ink) - expected)
+        assert off.max() <= 1 and off.mean() < (.02 if keep_ink else .001), engine
+
+
+def test_auto_is_numba_where_it_is_installed(monkeypatch):
+    assert hs.StainNormalizer().fit(SLIDE).engine_ == ("numba" if "numba" in FAST else "torch")
+    monkeypatch.setattr(hs.importlib.util, "find_spec", lambda name: None)
+    assert hs.StainNormalizer().fit(SLIDE).engine_ == "torch"
+    hs.compiled.cache_clear(); monkeypatch.setitem(__import__("sys").modules, "numba", None)
+    with pytest.raises(BadInput, match="install the extra 'fast'"): hs.StainNormalizer(engine="numba").fit(SLIDE)
+
+
+def test_numba_works_in_as_many_threads_as_it_was_told():
+    numba = pytest.importorskip("numba")
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try: assert hs._threads("numba", "cpu") == 1
+    finally: numba.set_num_threads(before)
+    plan = hs.paint_plan(OTHER, KNOWN, (1.1, .9), 240, 250)
+    assert np.array_equal(hs.repaint(SECOND, plan, "numba", threads=1, pixels=999), hs.repaint(SECOND, plan, "numba", threads=3, pixels=2048))
 
 
 def test_the_staintools_engine_runs_when_asked_for(theirs):
@@ -125,19 +163,25 @@ def test_known_vectors_are_recovered(method):
     assert np.array_equal(got, hs.StainNormalizer(method).fit(SLIDE).stain_matrix_)
 
 
-def test_sizes_that_are_no_multiple_of_the_block_give_the_same_pixels():
+@pytest.mark.parametrize("keep_ink", [False, True])
+@pytest.mark.parametrize("engine", FAST)
+def test_sizes_that_are_no_multiple_of_the_block_give_the_same_pixels(engine, keep_ink):
     plan = hs.paint_plan(OTHER, KNOWN, (1.1, .9), 240, 250)
-    whole = hs.repaint(SECOND, plan)
-    for shape in ((1, 1), (1, 7), (3, 5), (13, 11)): assert np.array_equal(hs.repaint(SECOND[:shape[0], :shape[1]], plan), whole[:shape[0], :shape[1]])
-    assert np.array_equal(hs.repaint(SECOND, plan, pixels=4096), whole)
-    assert np.array_equal(hs.repaint(SECOND[::2, ::2], plan), whole[::2, ::2])
-    frozen = SECOND.copy(); frozen.flags.writeable = False
-    assert np.array_equal(hs.repaint(frozen, plan), whole)
+    again = lambda image, **kw: hs.repaint(image, plan, engine, keep_ink=keep_ink, **kw)
+    image = SECOND.copy(); image[40:60, 40:60] = 60, 58, 60
+    whole = again(image)
+    for shape in ((1, 1), (1, 7), (3, 5), (13, 11)): assert np.array_equal(again(image[:shape[0], :shape[1]]), whole[:shape[0], :shape[1]])
+    assert np.array_equal(again(image, pixels=4096), whole)
+    assert np.array_equal(again(image[::2, ::2]), whole[::2, ::2])
+    frozen = image.copy(); frozen.flags.writeable = False
+    assert np.array_equal(again(frozen), whole)
+    assert np.array_equal(again(image, out=image), whole)                              # onto itself
 
 
-def test_the_picture_given_is_never_changed():
+@pytest.mark.parametrize("engine", FAST)
+def test_the_picture_given_is_never_changed(engine):
     image, zeros = SECOND.copy(), np.zeros((30, 30, 3), np.uint8)
-    n = hs.StainNormalizer().fit(SLIDE); n.transform(image); n.transform(zeros)
+    n = hs.StainNormalizer(engine=engine, keep_ink=True).fit(SLIDE); n.transform(image); n.transform(zeros)
     assert np.array_equal(image, SECOND) and not zeros.any()
 
 
@@ -150,11 +194,14 @@ def test_lab_is_that_of_opencv():
 
 # glass and what else is no tissue
 
-@pytest.mark.parametrize("method", hs.METHODS)
+METHOD_ENGINES = [(m, e) for m in hs.METHODS for e in (FAST if "reinhard" not in m else FAST[:1])]       # colour transfer has one engine
+
+
+@pytest.mark.parametrize("method, engine", METHOD_ENGINES)
 @pytest.mark.parametrize("glass", [(255, 255, 255), (243, 241, 244), (226, 205, 222)])
-def test_glass_is_not_tinted(method, glass):
+def test_glass_is_not_tinted(method, engine, glass):
     source, tissue = paint(OTHER, glass=np.array(glass), seed=5)
-    n = hs.StainNormalizer(method).fit(SLIDE)
+    n = hs.StainNormalizer(method, engine=engine).fit(SLIDE)
     after = n.transform(source)
     assert n.report_["done"], n.report_["reason"]
     inside = ndimage.binary_erosion(~tissue, iterations=3)
@@ -162,13 +209,40 @@ def test_glass_is_not_tinted(method, glass):
     assert np.ptp(now) <= np.ptp(before) + 1 and now.min() >= before.min() - 1
 
 
+BOXES = dict(pen=(slice(2, 14), slice(2, 40), (40, 60, 190)), green=(slice(2, 14), slice(160, 198), (30, 140, 60)), cut=(slice(180, 200), slice(0, 20), (0, 0, 0)),
+    dot=(slice(186, 194), slice(186, 194), (60, 58, 60)), blood=(slice(95, 105), slice(95, 105), (215, 40, 50)))
+
+
+def with_boxes(*args, **kw):
+    "A painted slide with pen, a black cut-out, a printed dot and blood on it, and where its tissue is."
+    image, tissue = paint(*args, **kw)
+    for rows, cols, colour in BOXES.values(): image[rows, cols] = colour
+    return image, tissue
+
+
+@pytest.mark.parametrize("method, engine", METHOD_ENGINES + [("macenko", "staintools")])
+def test_ink_keeps_its_colour_when_asked_and_tissue_does_not(method, engine, request):
+    if engine == "staintools": request.getfixturevalue("theirs")
+    image, tissue = with_boxes(OTHER, strength=(.8, 1.))
+    kept, painted = (hs.StainNormalizer(method, engine=engine, keep_ink=k).fit(SLIDE).transform(image) for k in (True, False))
+    off = np.abs(kept.astype(int) - image).max(-1)
+    for name, (rows, cols, _) in BOXES.items(): assert name == "blood" or off[rows, cols].max() <= 1, name
+    tissue = tissue & (hs.pixel_kinds(image) == 1)
+    assert (kept != painted).any(-1)[tissue].mean() < .001 and np.median(off[tissue]) > 3
+
+
+def test_ink_is_a_smooth_function_of_the_colour():
+    share = hs.ink_share(*hs._DENSITY[ANY_COLOUR.transpose(2, 0, 1)])
+    assert share.dtype == np.float32 and share.min() == 0 and share.max() == 1 and not share[(ANY_COLOUR > 171).all(-1)].any()
+    line = np.linspace([120, 118, 122], [120, 60, 150], 60).round().astype(np.uint8)            # from grey to violet
+    share = hs.ink_share(*hs._DENSITY[line.T])
+    assert share[0] > .9 and share[-1] == 0 and np.abs(np.diff(share)).max() < .25
+
+
 def test_mask_leaves_out_what_is_no_tissue():
-    image, tissue = paint(glass=np.array([243, 241, 244]))
-    boxes = dict(pen=(slice(2, 14), slice(2, 40), (40, 60, 190)), green=(slice(2, 14), slice(160, 198), (30, 140, 60)), cut=(slice(180, 200), slice(0, 20), (0, 0, 0)),
-        dot=(slice(186, 194), slice(186, 194), (60, 58, 60)), blood=(slice(95, 105), slice(95, 105), (215, 40, 50)))
-    for rows, cols, colour in boxes.values(): image[rows, cols] = colour
+    image, tissue = with_boxes(glass=np.array([243, 241, 244]))
     mask = hs.tissue_mask(image)
-    for name, (rows, cols, _) in boxes.items(): assert not mask[rows, cols].any(), name
+    for name, (rows, cols, _) in BOXES.items(): assert not mask[rows, cols].any(), name
     tissue[95:105, 95:105] = False
     assert (mask & tissue).sum() / (mask | tissue).sum() > .95
 
@@ -189,22 +263,23 @@ HARD = dict(
     faint=np.clip(255 - RNG.random((64, 64, 3)) * 10, 0, 255).astype(np.uint8), speck=np.where(np.hypot(*np.mgrid[-1:1:200j, -1:1:200j])[..., None] < .03, SLIDE, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize("method", hs.METHODS)
+@pytest.mark.parametrize("method, engine", METHOD_ENGINES)
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.filterwarnings("error")
-def test_hard_pictures_are_left_as_they_are_and_reported(name, method):
-    image, n = HARD[name], hs.StainNormalizer(method).fit(SLIDE)
+def test_hard_pictures_are_left_as_they_are_and_reported(name, method, engine):
+    image, n = HARD[name], hs.StainNormalizer(method, engine=engine).fit(SLIDE)
     assert np.array_equal(n.transform(image), image)
     assert n.report_["ok"] is False and n.report_["done"] is False and n.report_["reason"]
     text = json.dumps(hs.plain(n.report_)); assert "NaN" not in text
-    bad = hs.StainNormalizer(method).fit(image)
+    bad = hs.StainNormalizer(method, engine=engine).fit(image)
     assert bad.report_["ok"] is False
     assert np.array_equal(bad.transform(SLIDE), SLIDE) and "reference" in bad.report_["reason"]
 
 
+@pytest.mark.parametrize("engine", FAST)
 @pytest.mark.filterwarnings("error")
-def test_a_second_pass_changes_nothing():
-    n = hs.StainNormalizer().fit(SLIDE)
+def test_a_second_pass_changes_nothing(engine):
+    n = hs.StainNormalizer(engine=engine).fit(SLIDE)
     once = n.transform(SECOND)
     assert n.report_["done"] and not np.array_equal(once, SECOND)
     assert np.array_equal(n.transform(once), once) and n.report_["reason"] == "already looks like the reference"
@@ -212,8 +287,9 @@ def test_a_second_pass_changes_nothing():
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32", "rgba", "list"])
-def test_every_kind_of_picture(kind):
-    n = hs.StainNormalizer().fit(SLIDE); expected = n.transform(SECOND)
+@pytest.mark.parametrize("engine", FAST)
+def test_every_kind_of_picture(kind, engine):
+    n = hs.StainNormalizer(engine=engine).fit(SLIDE); expected = n.transform(SECOND)
     alpha = np.full((*SECOND.shape[:2], 1), 255, np.uint8)
     image = dict(uint8=SECOND, uint16=SECOND.astype(np.uint16) * 257, float32=(SECOND / 255).astype(np.float32), rgba=np.concatenate([SECOND, alpha], -1), list=SECOND.tolist())[kind]
     if kind == "list": image = np.asarray(image, np.uint8)
@@ -232,8 +308,10 @@ def test_what_is_no_picture_is_refused(bad):
 
 # scikit-learn habits
 
-def test_parameters_pickling_and_json(tmp_path):
-    n = hs.StainNormalizer("macenko", engine="numpy").fit(SLIDE); expected = n.transform(SECOND)
+@pytest.mark.parametrize("method", hs.METHODS)
+def test_parameters_pickling_and_json(tmp_path, method):
+    n = hs.StainNormalizer(method, engine="numpy", keep_ink=True, penalty=.02).fit(SLIDE); expected = n.transform(SECOND)
+    assert n.get_params()["method"] == method and n.get_params()["keep_ink"] is True and hs.StainNormalizer().set_params(**n.get_params()).get_params() == n.get_params()
     for again in (pickle.loads(pickle.dumps(n)), hs.StainNormalizer.from_json(n.to_json()), hs.StainNormalizer.from_json((n.to_json(tmp_path/"n.json"), tmp_path/"n.json")[1])):
         assert again.get_params() == n.get_params() and np.array_equal(again.transform(SECOND), expected)
     assert hs.StainNormalizer(**n.get_params()).get_params() == n.get_params()
@@ -267,7 +345,7 @@ def test_a_file_keeps_its_layout(data, tmp_path):
         assert np.array_equal(b["images/Train/S_2"][:], n.transform(SECOND))                    # one matrix, whatever the tiles
         assert np.array_equal(b["images/Train/S_1"][:], SLIDE) and np.array_equal(b["images/Train/S_10"][:], HARD["white"])
         d = b["images/Test/S_3"]
-        assert d.dtype == np.uint8 and d.chunks == (200, 200, 3) and d.attrs["stain_ok"] and d.attrs["stain_matrix"].shape == (2, 3) and d.attrs["engine"] == "torch"
+        assert d.dtype == np.uint8 and d.chunks == (200, 200, 3) and d.attrs["stain_ok"] and d.attrs["stain_matrix"].shape == (2, 3) and d.attrs["engine"] == n.engine_
         assert b["images/Train/S_2"].attrs["patient"] == "A" and not b["images/Train/S_10"].attrs["stain_ok"]
     assert reports["S_10"]["reason"].startswith("too little tissue") and reports["S_2"]["done"]
 

@@ -1,0 +1,307 @@
+"What the pictures notebook cannot say about itself: every kind of TIFF, faults, memory, and stain tile by tile."
+import os, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from histokit import pictures as hp
+from histokit import stain as hs
+from histokit.core import BadInput
+
+tifffile = pytest.importorskip("tifffile")
+
+
+def paint(vectors, size=200, seed=0):
+    "Nuclei on stroma in a disc on glass, smooth, so that it packs well."
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
+    nuclei = ndimage.gaussian_filter((ndimage.gaussian_filter(rng.random((size, size)), 2) > .525).astype(float), .8)
+    stroma = .35 + .65 * ndimage.gaussian_filter(rng.random((size, size)), 4)
+    amount = np.stack([nuclei * 1.2, stroma * (1 - .9 * nuclei)], -1) * (np.hypot(x, y) < .85)[..., None]
+    return (250 * np.exp(-amount @ np.array(vectors))).round().astype(np.uint8)
+
+
+SLIDE = paint([[.62, .70, .35], [.22, .92, .32]])
+OTHER = paint([[.50, .72, .48], [.33, .88, .34]], seed=3)[:187, :161]
+ALPHA = np.dstack([OTHER, np.linspace(0, 255, OTHER.shape[0] * OTHER.shape[1]).astype(np.uint8).reshape(OTHER.shape[:2])])
+DEEP = OTHER.astype(np.uint16) * 257 + 3
+GREY = OTHER[..., 1].copy()
+PLANES = dict(photometric="rgb", planarconfig="separate")
+ZIP = dict(compression="zlib", predictor=True)
+RGBA = dict(extrasamples=["unassalpha"])
+TIFFS = {
+    "tiled": (OTHER, dict(tile=(32, 48), **ZIP)),
+    "strips": (OTHER, dict(rowsperstrip=7, compression="zlib")),
+    "one plain strip": (OTHER, {}),
+    "plain tiles": (OTHER, dict(tile=(64, 64))),
+    "planes in tiles": (OTHER, dict(tile=(32, 32), **PLANES, **ZIP)),
+    "planes in strips": (OTHER, dict(rowsperstrip=11, compression="zlib", **PLANES)),
+    "plain planes": (OTHER, PLANES),
+    "16 bits": (DEEP, dict(tile=(32, 32), **ZIP)),
+    "16 bits, plain, big end first": (DEEP, dict(byteorder=">")),
+    "grey": (GREY, dict(tile=(32, 32))),
+    "alpha": (ALPHA, dict(tile=(32, 32), **RGBA, **ZIP)),
+    "alpha in plain planes": (ALPHA, RGBA | PLANES),
+    "floats": ((OTHER / 255).astype(np.float32), {}),
+    "BigTIFF": (OTHER, dict(bigtiff=True, tile=(32, 32), **ZIP)),
+    "LZMA": (OTHER, dict(tile=(64, 64), compression="lzma")),
+}
+WINDOWS = [(0, 187, 0, 161), (31, 33, 47, 49), (100, 187, 3, 161), (186, 187, 160, 161), (5, 5, 0, 9)]
+
+
+def save(path, image, **how):
+    "Write a TIFF by tifffile."
+    if how.get("planarconfig"): image = np.moveaxis(image, -1, 0)
+    tifffile.imwrite(path, image, **({"photometric": "rgb"} if image.ndim == 3 else {}) | how)
+    return path
+
+
+def only(folder):
+    "What lies in a folder, hidden files too."
+    return sorted(p.name for p in folder.iterdir())
+
+
+# reading
+
+@pytest.mark.parametrize("kind", TIFFS)
+def test_windows_are_those_of_the_picture(tmp_path, kind):
+    image, how = TIFFS[kind]
+    with hp.open_picture(save(tmp_path/"a.tif", image, **how)) as picture:
+        assert picture.shape == image.shape and picture.dtype == image.dtype and picture.chunks != (512, 512)
+        for a, b, c, d in WINDOWS: assert np.array_equal(picture[a:b, c:d], image[a:b, c:d]), (a, b, c, d)
+        assert np.array_equal(picture[3:90:7, 2:150:5], image[3:90:7, 2:150:5])
+
+
+def test_window_unpacks_only_what_it_touches(tmp_path, monkeypatch):
+    asked, read = [], hp._read_piece
+    monkeypatch.setattr(hp, "_read_piece", lambda page, cut, i: asked.append(i) or read(page, cut, i))
+    with hp.open_picture(save(tmp_path/"a.tif", OTHER, tile=(32, 32), **ZIP)) as picture:
+        assert not asked
+        picture[33:60, 65:100]; picture[40:50, 70:80]
+    assert asked == [8, 9]
+
+
+@pytest.mark.parametrize("subifds", [True, False])
+def test_level_0_of_a_pyramid(tmp_path, subifds):
+    with tifffile.TiffWriter(tmp_path/"p.tif") as file:
+        how = dict(tile=(32, 32), photometric="rgb")
+        file.write(OTHER, subifds=2 if subifds else 0, description="Aperio Fake |MPP = 0.25", **how)
+        for k in (2, 4): file.write(OTHER[::k, ::k], subfiletype=1, **how)
+        file.write(SLIDE[:20, :20])                                  # a label
+    with hp.open_picture(tmp_path/"p.tif") as picture:
+        assert picture.pyramid and picture.um_per_px == (.25, .25) and np.array_equal(picture[:, :], OTHER)
+
+
+def test_um_per_px_as_written(tmp_path):
+    ome = dict(ome=True, metadata=dict(axes="YXS", PhysicalSizeX=.5, PhysicalSizeXUnit="µm", PhysicalSizeY=.25, PhysicalSizeYUnit="µm"))
+    cm, inch = (dict(resolution=(n, n / 2), resolutionunit=unit) for n, unit in ((10000, "CENTIMETER"), (25400, "INCH")))
+    for how, expected in ((cm, (1, 2)), (inch, (1, 2)), ({}, None), (ome, (.5, .25))):
+        with hp.open_picture(save(tmp_path/"a.tif", OTHER, **how)) as picture: assert picture.um_per_px == (expected and pytest.approx(expected))
+
+
+def test_colours_are_as_they_are_seen(tmp_path):
+    save(tmp_path/"white_is_zero.tif", 255 - GREY, photometric="miniswhite", tile=(32, 32))
+    assert np.array_equal(hp.read_picture(tmp_path/"white_is_zero.tif"), GREY)
+    save(tmp_path/"no_alpha.tif", ALPHA, extrasamples=["unspecified"])
+    assert np.array_equal(hp.read_picture(tmp_path/"no_alpha.tif"), OTHER)
+    half = np.dstack([OTHER // 2, np.full(OTHER.shape[:2], 128, np.uint8)])
+    save(tmp_path/"multiplied.tif", half, extrasamples=["assocalpha"])
+    assert np.abs(hp.read_picture(tmp_path/"multiplied.tif")[..., :3].astype(int) - OTHER).max() <= 2
+    sparse = (OTHER[:64, :64], None)
+    tifffile.imwrite(tmp_path/"sparse.tif", iter(sparse), shape=(64, 128, 3), dtype=np.uint8, tile=(64, 64), photometric="rgb")
+    got = hp.read_picture(tmp_path/"sparse.tif")
+    assert (got[:, 64:] == 255).all() and np.array_equal(got[:, :64], OTHER[:64, :64])
+
+
+@pytest.mark.parametrize("mode,compression", [("P", "raw"), ("1", "raw"), ("CMYK", "raw"), ("RGB", "tiff_lzw"), ("RGB", "packbits"), ("RGB", "jpeg")])
+def test_what_pillow_writes(tmp_path, mode, compression):
+    Image.fromarray(OTHER).convert(mode).save(tmp_path/"a.tif", compression=compression)
+    expected = np.array(Image.open(tmp_path/"a.tif").convert("RGB")).astype(int)
+    assert np.abs(hp.read_picture(tmp_path/"a.tif") - expected).max() <= 1
+
+
+def test_too_large_to_be_read_whole_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(hp, "_WHOLE", 1000)
+    Image.fromarray(OTHER).convert("CMYK").save(tmp_path/"inks.tif")
+    words = r"too large to be read whole \(161 x 187 pixels\).*SEPARATED, 4 x 8 bits.*save it as RGB"
+    with pytest.raises(BadInput, match=words): hp.open_picture(tmp_path/"inks.tif")
+    save(tmp_path/"one.tif", OTHER, rowsperstrip=187, compression="zlib")
+    with pytest.raises(BadInput, match="in one piece; save it in tiles"): hp.open_picture(tmp_path/"one.tif")
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(BadInput, match="pip install tifffile"): hp.open_picture(tmp_path/"one.tif")
+
+
+def test_missing_codec_is_named(tmp_path, monkeypatch):
+    Image.fromarray(OTHER).save(tmp_path/"lzw.tif", compression="tiff_lzw")
+    monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", {1: None, 8: None})
+    assert np.array_equal(hp.read_picture(tmp_path/"lzw.tif"), OTHER)            # small: Pillow knows it
+    monkeypatch.setattr(hp, "_WHOLE", 1000)
+    with pytest.raises(BadInput, match=r"compression \(LZW\).*pip install imagecodecs"): hp.open_picture(tmp_path/"lzw.tif")
+
+
+def test_without_tifffile(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    hp.write_picture(tmp_path/"a.tif", OTHER)
+    assert np.array_equal(hp.read_picture(tmp_path/"a.tif"), OTHER)
+    with pytest.raises(BadInput, match="pip install tifffile"): hp.write_picture(tmp_path/"deep.tif", DEEP)
+    assert only(tmp_path) == ["a.tif"]
+
+
+# writing
+
+@pytest.mark.parametrize("image", [OTHER, GREY, ALPHA, DEEP], ids=["rgb", "grey", "alpha", "deep"])
+@pytest.mark.parametrize("big", [False, True])
+def test_written_tiff_is_read_again(tmp_path, monkeypatch, image, big):
+    if big: monkeypatch.setattr(hp, "_BIG", 0)
+    hp.write_picture(tmp_path/"a.tif", hp.as_picture(image, um_per_px=(.25, .5), pyramid=True), tile=32)
+    with hp.open_picture(tmp_path/"a.tif") as picture:
+        assert picture.um_per_px == pytest.approx((.25, .5)) and picture.pyramid and picture.chunks == (32, 32) and np.array_equal(picture[:, :], image)
+    with tifffile.TiffFile(tmp_path/"a.tif") as file:
+        levels = file.series[0].levels
+        assert file.is_bigtiff == big and [v.shape[:2] for v in levels] == [(187, 161), (94, 81), (47, 41), (24, 21)]
+        assert levels[1].pages[0].get_resolution() == pytest.approx((20000, 10000)) and np.array_equal(levels[1].asarray(), hp._half(image))
+    if image is not DEEP: assert np.array_equal(np.array(Image.open(tmp_path/"a.tif")), image)     # others read it, too
+
+
+@pytest.mark.parametrize("suffix,near", [(".png", 0), (".jpg", 8)])
+def test_other_formats(tmp_path, suffix, near):
+    for image in (OTHER, GREY, ALPHA, DEEP):
+        hp.write_picture(tmp_path/f"a{suffix}", image)
+        expected = hp.as_uint8(image) if suffix == ".png" or image is not ALPHA else hs.as_rgb(image)
+        got = hp.read_picture(tmp_path/f"a{suffix}")
+        assert got.shape == expected.shape and np.abs(got.astype(int) - expected).mean() <= near / 4
+
+
+@pytest.mark.parametrize("image", [OTHER, GREY], ids=["rgb", "grey"])
+def test_jpeg_in_tiff_stays_jpeg(tmp_path, image):
+    pytest.importorskip("imagecodecs")
+    Image.fromarray(image).save(tmp_path/"a.tif", compression="jpeg", quality=95)
+    with hp.open_picture(tmp_path/"a.tif") as picture:
+        assert picture.compression == "jpeg"
+        hp.write_picture(tmp_path/"b.tif", hp.as_picture(picture, pyramid=True), tile=64)
+        expected = picture[:, :].astype(int)
+    for got in (hp.read_picture(tmp_path/"b.tif"), np.array(Image.open(tmp_path/"b.tif"))):
+        assert np.abs(got - expected).mean() < 1.5
+    assert tifffile.TiffFile(tmp_path/"b.tif").pages[0].compression == 7
+
+
+def test_jpeg_without_its_codec(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    with pytest.raises(BadInput, match="pip install imagecodecs"): hp.write_picture(tmp_path/"a.tif", hp.as_picture(OTHER, compression="jpeg"))
+    assert not only(tmp_path)
+
+
+# stain, from file to file
+
+@pytest.mark.parametrize("method", hs.METHODS)
+def test_tile_by_tile_is_the_whole(tmp_path, method):
+    normaliser = hs.StainNormalizer(method).fit(SLIDE)
+    save(tmp_path/"a.tif", OTHER, tile=(48, 32), **ZIP)
+    report = hs.stain_picture(normaliser, tmp_path/"a.tif", tmp_path/"b.tif", tile=48)
+    assert report["done"] and np.array_equal(hp.read_picture(tmp_path/"b.tif"), normaliser.transform(OTHER))
+
+
+@pytest.mark.parametrize("image", [GREY, ALPHA, DEEP, np.full((90, 70, 3), 240, np.uint8)], ids=["grey", "alpha", "deep", "glass"])
+def test_stain_of_every_kind(tmp_path, image):
+    normaliser = hs.StainNormalizer().fit(SLIDE)
+    save(tmp_path/"a.tif", image, **(dict(extrasamples=["unassalpha"]) if image is ALPHA else {}))
+    report = hs.stain_picture(normaliser, tmp_path/"a.tif", tmp_path/"b.tif", tile=32)
+    got, expected = hp.read_picture(tmp_path/"b.tif"), normaliser.transform(image)
+    assert report["done"] == (image is ALPHA or image is DEEP) == (not report["reason"]) and np.array_equal(got, expected)
+    if not report["done"]: assert np.array_equal(got, image)
+
+
+def test_saved_normaliser_as_reference(tmp_path):
+    normaliser = hs.StainNormalizer("macenko").fit(SLIDE); normaliser.to_json(tmp_path/"ref.json")
+    hp.write_picture(tmp_path/"a.png", OTHER)
+    assert hs.stain_image_file(tmp_path/"a.png", tmp_path/"ref.json", tmp_path/"b.png")["done"]
+    assert np.array_equal(hp.read_picture(tmp_path/"b.png"), normaliser.transform(OTHER))
+
+
+def test_folder(tmp_path):
+    for name in ("one.png", "two.tif"): hp.write_picture(tmp_path/"in"/name, OTHER)
+    for name in ("bad.jpg", "notes.txt"): (tmp_path/"in"/name).write_text("no picture")
+    hp.write_picture(tmp_path/"ref.png", SLIDE)
+    save(tmp_path/"in"/"scan.svs", OTHER, tile=(32, 32), **ZIP)
+    reports = hs.stain_image_file(tmp_path/"in", tmp_path/"ref.png", tmp_path/"out")
+    assert only(tmp_path/"out") == ["one.png", "scan.svs.tif", "two.tif"]
+    assert {k: r["written"] for k, r in reports.items()} == {"bad.jpg": False, "one.png": True, "scan.svs": True, "two.tif": True}
+    assert "cannot be read as a picture" in reports["bad.jpg"]["reason"]
+    with pytest.raises(BadInput, match="choose another folder"): hs.stain_image_file(tmp_path/"in", tmp_path/"ref.png", tmp_path/"in")
+
+
+NONE = "cannot be read as a picture"
+BAD = {"text.tif": NONE, "half.png": NONE, "headless.tif": NONE, "half.tif": "cut off", "torn.tif": "is damaged", "gone.tif": "does not exist",
+    "folder.tif": "is a folder|holds no picture", "stack.tif": "holds 2 pictures of one size"}
+
+@pytest.fixture
+def bad_pictures(tmp_path):
+    "A folder with every picture of `BAD`, and a good one."
+    whole = save(tmp_path/"whole.tif", OTHER, tile=(32, 32), **ZIP).read_bytes()
+    png = hp.write_picture(tmp_path/"ref.png", SLIDE).read_bytes()
+    torn = whole[:-9000] + bytes(9000)
+    content = {"half.tif": whole[:-5000], "headless.tif": whole[:60], "torn.tif": torn, "text.tif": b"no picture", "half.png": png[:9000]}
+    for name, data in content.items(): (tmp_path/name).write_bytes(data)
+    (tmp_path/"folder.tif").mkdir(); tifffile.imwrite(tmp_path/"stack.tif", np.stack([OTHER, OTHER]), photometric="rgb")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("role", ["picture", "reference"])
+def test_bad_pictures(bad_pictures, caplog, name, role):
+    out = bad_pictures/"out"/"out.tif"; out.parent.mkdir(); out.write_text("earlier")
+    paths = [bad_pictures/name, bad_pictures/"ref.png"]
+    with pytest.raises(BadInput, match=BAD[name]) as e: hs.stain_image_file(*paths[::1 if role == "picture" else -1], out)
+    assert len(str(e.value).splitlines()) == 1 and str(paths[0]) in str(e.value) and not caplog.records
+    assert out.read_text() == "earlier" and only(out.parent) == ["out.tif"]
+
+
+KIND = "format of the result"
+RESULTS = {"a.gif": KIND, "a.h5": KIND, "folder.tif": "it is a folder", "file/a.tif": "cannot write", "/proc/a.tif": "cannot write /proc"}
+
+@pytest.mark.parametrize("out", RESULTS)
+def test_bad_results(tmp_path, out):
+    hp.write_picture(tmp_path/"in.tif", OTHER); (tmp_path/"folder.tif").mkdir(); (tmp_path/"file").write_text("")
+    with pytest.raises(BadInput, match=RESULTS[out]) as e: hs.stain_image_file(tmp_path/"in.tif", tmp_path/"in.tif", tmp_path/out)
+    assert len(str(e.value).splitlines()) == 1 and only(tmp_path) == ["file", "folder.tif", "in.tif"]
+
+
+def test_slides_do_not_become_a_picture(tmp_path, demo_file):
+    with pytest.raises(BadInput, match="format of the result"): hs.stain_image_file(demo_file, "", tmp_path/"a.png")
+    assert not only(tmp_path)
+
+
+def test_disk_that_fills_up_leaves_the_earlier_result(tmp_path):
+    (tmp_path/"a.tif").write_text("earlier")
+    def read(ys, xs):
+        if ys.start: raise OSError(28, "No space left on device")
+        return OTHER[:64, :64]
+    with pytest.raises(BadInput, match="the disk is full"): hp.write_picture(tmp_path/"a.tif", hp.Picture((128, 64, 3), np.dtype(np.uint8), read), tile=64)
+    assert (tmp_path/"a.tif").read_text() == "earlier" and only(tmp_path) == ["a.tif"]
+
+
+def test_memory_does_not_grow_with_the_slide(tmp_path):
+    sides, block = (2560, 4000), OTHER[20:180, :160]
+    for side in sides:
+        row = np.tile(block, (1, side // 160, 1))
+        slide = hp.Picture((side, side, 3), block.dtype, lambda ys, xs, row=row: row[np.arange(ys.start, ys.stop) % 160][:, xs], pyramid=True)
+        hp.write_picture(tmp_path/f"{side}.tif", slide)
+    hp.write_picture(tmp_path/"ref.png", SLIDE)
+    code = f"""
+import resource, sys
+from histokit.stain import stain_image_file
+peak = []
+for side in {sides}:
+    assert stain_image_file(f"{{side}}.tif", "ref.png", f"out_{{side}}.tif")["done"]
+    peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20))
+print(peak[1] - peak[0])
+"""
+    env = {**os.environ, "PYTHONPATH": str(Path(hp.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    more = 3 * (sides[1]**2 - sides[0]**2) / 2**20
+    assert float(done.stdout) < more / 2, f"{done.stdout} MB of memory for {more:.0f} MB more of pixels"
+    with hp.open_picture(tmp_path/"out_4000.tif") as out: assert out.shape == slide.shape and out.pyramid

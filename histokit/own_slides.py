@@ -10,7 +10,7 @@ __all__ = ['POSITIONS', 'COLUMNS', 'TYPES', 'write_positions', 'paint_outs', 'ho
            'put_slide', 'place_spots', 'shrink', 'Imported', 'slide_targets', 'import_visium', 'read_h5ad_slide',
            'show_import', 'put_element', 'library_entry', 'spot_names', 'write_h5ad', 'run_predictions', 'export_run']
 
-# %% ../nbs/00c_own_slides.ipynb #ee0d3406
+# %% ../nbs/00c_own_slides.ipynb #63ecc37e
 import re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,8 @@ import pandas as pd
 
 from .core import BadInput, atomic, choose, did_you_mean, make_dir, read_json, write_json
 from .data import LATTICE_UM, SPLITS, DataFactory, as_uint8, check_inside, is_target, lattice, on_tissue, open_h5
-from .stain import as_rgb, read_picture, write_picture
+from .pictures import read_picture, write_picture
+from .stain import as_rgb
 
 # %% ../nbs/00c_own_slides.ipynb #b0afd81c
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")       # Visium HD; Space Ranger 2 and up; 1

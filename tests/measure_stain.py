@@ -21,7 +21,9 @@ from histokit.data import DataFactory, SlideCache, TargetTransform, assign_folds
 from histokit.model import create_model
 from histokit.patches import PatchDataset, PatchSampler
 from histokit.stain import METHODS, RandomReference, StainJitter, colour_difference, compare_slides, measure, normalise_file
-from histokit.train import VIEWS, bootstrap_interval, fit_ridge, format_ladder, held_out_constants, ladder, mean_spearman, predict, ridge_path, spearman_columns, spearman_rows, PENALTIES
+from histokit.features import PENALTIES, fit_ridge, ridge_path
+from histokit.metrics import bootstrap_interval, format_ladder, held_out_constants, ladder, mean_spearman, spearman_columns, spearman_rows
+from histokit.train import VIEWS, predict
 
 AUGMENTATIONS = dict(jitter=.2, references=1.)      # and their strengths
 VARIANTS = ("none", *METHODS, "vahadane+luminosity", "jitter", "references")

@@ -500,7 +500,7 @@ def repaint_fused(rgb, out, tables, unmix, inverse, glass, mix, base, ends, blac
         if ink: _give_back(old, share[:n], 0, x); _give_back(old, share[:n], 1, y); _give_back(old, share[:n], 2, z)
         for i in range(n): new[3 * i] = x[i]; new[3 * i + 1] = y[i]; new[3 * i + 2] = z[i]
 
-# %% ../nbs/01_stain.ipynb #55594307
+# %% ../nbs/01_stain.ipynb #e4eb2732
 @functools.cache
 def compiled():
     "`repaint_fused` compiled, and kept on disk for the next process; `BadInput` where numba is not installed."
@@ -520,7 +520,8 @@ def _fused_constants(plan):
     mix = np.vstack([plan.mix[:2, :3], plan.mix[half, :3] if wide else np.zeros(3)]) / math.log(2)
     number = lambda a: tuple(number(v) for v in a) if np.ndim(a) else np.float32(a)
     tables = np.log(np.maximum(np.arange(256), 1) * factor[:, None]).astype(np.float32)
-    return tables, *map(number, (unmix.T, inverse[np.triu_indices(2)], plan.glass[:2], mix, np.log2(plan.base[:3].astype(float)), (plan.low, plan.high), np.log(255 * factor)))
+    return tables, *map(number, (unmix.T, inverse[np.triu_indices(2)], plan.glass[:2], mix,
+        np.log2(plan.base[:3].astype(float)), (plan.low, plan.high), np.log(255 * factor)))
 
 def _repaint_numba(rows, out, plan, starts, chunk, keep=False):
     "Repaint the chunks of (n, 3b) uint8 rows that begin at `starts`, numba."
@@ -656,7 +657,7 @@ def standardise_luminosity(
         out[y:y + band] = lab_to_rgb(lab)
     return out
 
-# %% ../nbs/01_stain.ipynb #d9b1009a
+# %% ../nbs/01_stain.ipynb #727a4cee
 ENGINES = ("auto", "numba", "torch", "numpy", "staintools")
 
 class _Params:
@@ -670,7 +671,8 @@ class _Params:
         penalty: float = .01,      # lambda of the amounts
         keep_ink: bool = False,    # printed dots, pen and black keep their colour; False repaints every pixel, as staintools does
     ):
-        self.method, self.engine, self.device, self.luminosity, self.white, self.penalty, self.keep_ink = method, engine, device, luminosity, white, penalty, keep_ink
+        self.method, self.engine, self.device, self.luminosity = method, engine, device, luminosity
+        self.white, self.penalty, self.keep_ink = white, penalty, keep_ink
 
     def get_params(self, deep=True): return {k: getattr(self, k) for k in inspect.signature(type(self)).parameters}
 
@@ -738,7 +740,7 @@ def already_like(
     painted = source.get("off_plane") is not None and source["off_plane"] < .006
     return bool(painted and abs(90 - degrees_between(t, np.asarray(source["plane"])[None])).max() < 1.5 and turned < 8)
 
-# %% ../nbs/01_stain.ipynb #65e25e10
+# %% ../nbs/01_stain.ipynb #084943eb
 class _Repaint(_Reference):
     "A `StainNormalizer` that repaints."
     def decide(self, source):
@@ -755,7 +757,8 @@ class _Repaint(_Reference):
         if "reinhard" in self.method: return colour_transfer(image, source, self.reference_, "modified" in self.method, out, self.keep_ink)
         vectors, scale = np.asarray(source["stain_matrix"], float), self.max_concentration_ / np.maximum(source["max_concentration"], 1e-6)
         plan = paint_plan(vectors, self.stain_matrix_, scale, source["white"], self.white_, self.penalty)
-        if self.engine_ == "staintools": return _staintools().repaint(image, plan, np.empty_like(image) if out is None else out, vectors, self.penalty, self.keep_ink)
+        out = np.empty_like(image) if out is None else out
+        if self.engine_ == "staintools": return _staintools().repaint(image, plan, out, vectors, self.penalty, self.keep_ink)
         return repaint(image, plan, self.engine_, _device(self.device) if self.engine_ == "torch" else "cpu", out, keep_ink=self.keep_ink)
 
 # %% ../nbs/01_stain.ipynb #5e4d57e0

@@ -986,7 +986,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'histokit.stain.standardise_luminosity': ('stain.html#standardise_luminosity', 'histokit/stain.py'),
                                 'histokit.stain.structure_kept': ('stain.html#structure_kept', 'histokit/stain.py'),
                                 'histokit.stain.thin_out': ('stain.html#thin_out', 'histokit/stain.py'),
-                                'histokit.stain.tiles': ('stain.html#tiles', 'histokit/stain.py'),
                                 'histokit.stain.tissue_mask': ('stain.html#tissue_mask', 'histokit/stain.py'),
                                 'histokit.stain.tissue_pixels': ('stain.html#tissue_pixels', 'histokit/stain.py'),
                                 'histokit.stain.vahadane_vectors': ('stain.html#vahadane_vectors', 'histokit/stain.py'),

@@ -252,7 +252,7 @@ def prepare_data(
     if not factory.names("Test"): raise BadInput(f"{params['data_path']} has no slide in spots/Test, so there is nothing to predict; add one")
     return params
 
-# %% ../nbs/06_pipeline.ipynb #72c2acb4
+# %% ../nbs/06_pipeline.ipynb #159890d5
 def report(
     run: Path,       # a finished run folder
 )->str:              # the ladders, and where things lie
@@ -263,6 +263,8 @@ def report(
     titles = dict(oof="Training spots, each predicted by models that saw nothing of its slide:", test="Test spots, against their hidden truth:")
     for part, title in titles.items():
         if metrics.get(part): lines += ["", title, format_ladder(pd.DataFrame(metrics[part]))]
+        gap = metrics.get("random_split") if part == "oof" else None
+        if gap: lines.append(f"Validated on random spots, the same method reads {gap['random_split']:.3f} where leaving out their slide reads {gap['held_out']:.3f}.")
     home = os.path.relpath(run)
     return "\n".join([*lines, "", f"submission  {home}/submission.csv", f"figures     {home}/figures/", f"notebooks   {home}/*.ipynb"])
 

@@ -1,6 +1,6 @@
 """Whether stain normalisation helps a prediction on slides of another patient, with the `probe` recipe (params/probe.yaml).
 
-python tests/measure_stain.py FILE.h5 [--weights FILE --backbone-args pad_type=same --mean .5 --std .5] [--variants none vahadane …] [--cache FOLDER] [--out FILE.json]
+python tests/measure_stain.py FILE.h5 [--weights FILE --backbone-args pad_type=same --mean .5 --std .5] [--variants none vahadane …] [--cache FOLDER] [--out FILE.json] [--table FILE.csv]
 
 A variant is `none`; a method of `stain.METHODS`, with `+luminosity` where brightness is stretched first and `@S_3` where the reference is another slide than the first;
 or `jitter` (amounts of a slide's own dyes) or `references` (looks drawn from all slides), which add altered copies to the training rows and leave the scored rows plain.
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from histokit.core import BadInput, atomic, choose, read_json, write_json
+from histokit.core import BadInput, atomic, choose, read_json, write_json, write_table
 from histokit.data import DataFactory, SlideCache, TargetTransform, assign_folds, check_split, normalised_coords, patch_size, slide_blocks
 from histokit.model import create_model
 from histokit.patches import PatchDataset, PatchSampler
@@ -183,10 +183,15 @@ def main():
     p.add_argument("--backbone", default="mobilenetv2_100"); p.add_argument("--weights", default=""); p.add_argument("--backbone-args", default=""); p.add_argument("--mean", default=""); p.add_argument("--std", default="")
     p.add_argument("--patch-um", type=float, default=224.); p.add_argument("--input-px", type=int, default=224); p.add_argument("--views", default="flips"); p.add_argument("--pca", type=int, default=128)
     p.add_argument("--limit", type=int, default=0, help="spots of each slide; 0 for all"); p.add_argument("--cache", default="runs/measure_stain"); p.add_argument("--out", default="")
+    p.add_argument("--table", default="", help="CSV of the scores and of the differences over all spots")
     a = p.parse_args()
     for variant in a.variants: parse(variant)
     result = run(a)
     if a.out: write_json(a.out, result)
+    if a.table:
+        gain = pd.DataFrame(result["differences"]); gain = gain[gain[a.by] == "all"].set_index("variant")[["difference", "low", "high"]]
+        steps = pd.DataFrame(result["ladder"]).set_index("name")[["per_spot", "per_type"]].join(gain).join(pd.DataFrame(result["looks"]).T[["colours", "ssim"]])
+        write_table(Path(a.table), steps.rename_axis("idea").reset_index().round(4))
 
 
 if __name__ == "__main__": main()

@@ -76,7 +76,7 @@ def test_runs_as_on_kaggle(kernel, tmp_path):
     assert str(root/"working"/"code"/"histokit"/"__init__.py") in shown and "constant" in shown
     facts = read_json(root/"working"/"run"/"run.json")
     assert facts["parameters"]["weights"] == "none"
-    assert [read_json(root/"working"/"run"/f"{part}.json")["engine"] for part in ("model", "stain")] == ["torch", "torch"]      # and not torchsort, staintools
+    assert [read_json(root/"working"/"run"/f"{part}.json")["engine"] for part in ("model", "stain")] == ["torch", "numba"]      # and not torchsort, staintools
     assert sorted(p.name for p in (root/"input").rglob("*") if p.is_file()) == ["slides.h5"]           # what is mounted cannot be written to
 
 

@@ -525,6 +525,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'histokit.metrics._numpy': ('metrics.html#_numpy', 'histokit/metrics.py'),
                                   'histokit.metrics._percentiles': ('metrics.html#_percentiles', 'histokit/metrics.py'),
                                   'histokit.metrics._read_parquet': ('metrics.html#_read_parquet', 'histokit/metrics.py'),
+                                  'histokit.metrics._run_gap': ('metrics.html#_run_gap', 'histokit/metrics.py'),
                                   'histokit.metrics._run_parameters': ('metrics.html#_run_parameters', 'histokit/metrics.py'),
                                   'histokit.metrics._run_rungs': ('metrics.html#_run_rungs', 'histokit/metrics.py'),
                                   'histokit.metrics._score_rows': ('metrics.html#_score_rows', 'histokit/metrics.py'),

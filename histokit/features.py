@@ -561,7 +561,7 @@ def fit_head(
     settings = [dict(epochs=e, lr=r) for r in numbers(lr, "lr") for e in numbers(epochs, "epochs", int)]
     return fit_nested(lambda x, y, settings: head_path(x, y, settings, **kw), settings, x, y, group, metric)
 
-# %% ../nbs/03b_features.ipynb #f18bb748
+# %% ../nbs/03b_features.ipynb #59092a9d
 class Stages(nn.Module):
     "Encoder whose features are statistics over the image of several stages of a model's backbone, side by side."
     def __init__(self,
@@ -584,7 +584,7 @@ class Stages(nn.Module):
         out = []
         for x in (image, *further.values()):
             last, maps = self.backbone.forward_intermediates(scale_pixels(x, self.mean, self.std, self.size), indices=self.index, output_fmt="NCHW")
-            for m in maps: out += [m.mean((-2, -1))] + [m.std((-2, -1))] * self.spread
+            for m in maps: out += [m.mean((-2, -1))] + [m.std((-2, -1), correction=0)] * self.spread
             if self.final: out.append(self.backbone.forward_head(last, pre_logits=True))
         return torch.cat(out, 1)
 

@@ -430,7 +430,7 @@ def compare_types(
     table = dict(type=_names(names, each[0]), a=each[0].mean(0), b=each[1].mean(0)) | paired_difference(*each, group, block, n, level, seed)
     return pd.DataFrame(table).sort_values("difference", ascending=False, ignore_index=True, kind="stable")
 
-# %% ../nbs/03a_metrics.ipynb #306e4d53
+# %% ../nbs/03a_metrics.ipynb #7c8d3820
 KEYS = ["slide", "ID", "x", "y", "fold"]
 
 def _read_parquet(file, stage):
@@ -451,10 +451,15 @@ def _run_rungs(folder):
     metrics = read_json(folder/"metrics.json") if (folder/"metrics.json").exists() else {}
     return pd.DataFrame(metrics.get("oof") or metrics.get("ladder") or [], columns=["name", "per_spot"]).astype(dict(name=str, per_spot=float))
 
-# %% ../nbs/03a_metrics.ipynb #1ce4b0e5
+def _run_gap(folder):
+    "By how much a split by random spots flattered the run, where it was measured."
+    split = (read_json(folder/"metrics.json") if (folder/"metrics.json").exists() else {}).get("random_split")
+    return split["random_split"] - split["held_out"] if split else np.nan
+
+# %% ../nbs/03a_metrics.ipynb #11e13ec5
 def read_run(
     folder,          # of a run
-)->dict:             # name, spots (sorted by slide and ID), targets, pred, true, parameters, rungs
+)->dict:             # name, spots (sorted by slide and ID), targets, pred, true, parameters, rungs, gap
     "What a run folder says about its training spots: truth, out-of-fold prediction, and the parameters behind it."
     folder = Path(folder); oof, spots = _read_parquet(folder/"oof.parquet", "03_train"), _read_parquet(folder/"spots.parquet", "00_data")
     targets = [c for c in oof.columns if c not in KEYS]
@@ -466,7 +471,7 @@ def read_run(
     if not len(both) == len(truth) == len(oof):
         raise BadInput(f"{folder}: oof.parquet has {len(oof)} rows, {len(both)} of them match its {len(truth)} training spots; {again}")
     return dict(name=folder.resolve().name, folder=folder, spots=both[KEYS], targets=targets, pred=both[[f"{t} predicted" for t in targets]].to_numpy(),
-        true=both[targets].to_numpy(), parameters=_run_parameters(folder), rungs=_run_rungs(folder))
+        true=both[targets].to_numpy(), parameters=_run_parameters(folder), rungs=_run_rungs(folder), gap=_run_gap(folder))
 
 # %% ../nbs/03a_metrics.ipynb #e2b66a98
 def check_same_data(
@@ -491,7 +496,7 @@ def differing_parameters(
     names = [n for n in dict.fromkeys(n for p in known for n in p) if n not in PLACES and len({repr(p.get(n)) for p in known}) > 1]
     return [None if r["parameters"] is None else {n: r["parameters"].get(n) for n in names} for r in runs]
 
-# %% ../nbs/03a_metrics.ipynb #9b07f78b
+# %% ../nbs/03a_metrics.ipynb #2cfa38f3
 def _score_run(run, scores, group, block, n):
     "One line of the comparison, without the difference."
     fold, (low, high) = run["spots"].fold, bootstrap_interval(scores, group, block, n)
@@ -500,7 +505,7 @@ def _score_run(run, scores, group, block, n):
     final, gaps = run["rungs"].per_spot[~_is(run["rungs"].name, "random split")], split_gap(run["rungs"]).values()
     return dict(run=run["name"], split="slides" if whole else "spots", per_spot=scores.mean(), low=low, high=high,
         per_type=spearman_columns(run["pred"], run["true"]).mean(), skill=(scores.mean() - best) / (1 - best) if whole else np.nan,
-        final=final.iloc[-1] if len(final) else np.nan, gap=max(gaps, default=np.nan))
+        final=final.iloc[-1] if len(final) else np.nan, gap=max(gaps, default=run["gap"]))
 
 def compare_runs(
     folders,         # two run folders or more; the first is what the others are compared to

@@ -30,10 +30,10 @@ def upload_text(
     cells = [{**c, "source": "".join(c["source"])} | (dict(outputs=[]) if "outputs" in c else {}) for c in notebook["cells"]]
     return json.dumps({**notebook, "cells": cells})
 
-# %% ../nbs/07_kaggle.ipynb #c4885d67
+# %% ../nbs/07_kaggle.ipynb #727b37b6
 def needed_modules(
     texts,               # sources that import from histokit
-    without=("kaggle",), # what the command line imports, and the kernel never runs
+    without=("kaggle", "own_slides"), # what the command line imports, and the kernel never runs
 )->list:                 # names, sorted
     "The modules of histokit that the sources import, directly or through one another."
     home, todo, found = Path(histokit.__file__).parent, list(texts), {"__init__"}

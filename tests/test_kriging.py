@@ -90,7 +90,7 @@ def test_one_unit_cannot_choose():
     with pytest.raises(BadInput, match="one unit"): fit_field(x, y - y.mean(0), slide, slide, x)
 
 
-@pytest.mark.parametrize("method", ["pls", "head"])
+@pytest.mark.parametrize("method", ["pls", pytest.param("head", marks=pytest.mark.slow)])
 def test_other_heads(method, tmp_path, demo_file):
     run = run_pipeline("probe", [f"data_path={demo_file}", *SMALL, f"method={method}", "stain_method=none"], tmp_path/"run", show=lambda line: None)
     factory = DataFactory(demo_file)

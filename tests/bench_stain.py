@@ -4,7 +4,7 @@
 
 The slide is a tile repeated. Times are the best of several runs; extra memory is the peak of the process during the call, over what it held before, as a share of the slide, the result included.
 Alternatives that do not install beside histokit can lie in an environment of their own, whose interpreter is given: they then run on the same slide, in a process of theirs.
-    python -m venv alternatives && alternatives/bin/pip install numpy psutil torch torchvision staintools spams-bin torchstain torch-staintools tiatoolbox
+    python -m venv alternatives && alternatives/bin/pip install 'setuptools<81' numpy psutil torch torchvision staintools spams-bin torchstain torch-staintools tiatoolbox
 Each transform reads the slide's stain and repaints it. The last column is how far the result is from staintools', in grey levels: near 0 the same was computed."""
 import argparse, contextlib, importlib, importlib.util, json, os, platform, subprocess, sys, tempfile, threading, time
 from pathlib import Path
@@ -148,14 +148,17 @@ def batches(tile):
         yield px, torch.from_numpy(np.stack([big[y:y + px, x:x + px] for y, x in rng.integers(0, tile.shape[0], (32, 2))]).transpose(0, 3, 1, 2).copy())
 
 
-def others(reference, slide, tile, only):
-    "What the alternatives of this interpreter take, a dict each; those in `only`."
-    for name, (module, make, part) in OTHERS.items():
-        if name not in only: continue
-        try: importlib.import_module(module)
-        except Exception as e: yield dict(name=name, missing=f"not installed ({type(e).__name__}: {e}); pip install {module.replace('_', '-')}"); continue
-        try: yield measure(name, make, reference, slide[:slide.shape[0] // part, :slide.shape[1] // part].copy(), 1)
-        except Exception as e: yield dict(name=name, missing=f"failed ({type(e).__name__}: {e})")
+def other(name, reference, slide):
+    "What an alternative takes, as a dict."
+    module, make, part = OTHERS[name]
+    try: importlib.import_module(module)
+    except Exception as e: return dict(name=name, missing=f"not installed ({type(e).__name__}: {e}); pip install {module.replace('_', '-')}")
+    try: return measure(name, make, reference, slide[:slide.shape[0] // part, :slide.shape[1] // part].copy(), 1)
+    except Exception as e: return dict(name=name, missing=f"failed ({type(e).__name__}: {e})")
+
+
+def augmentors(tile):
+    "What the alternatives of this interpreter take to augment, a dict each."
     for px, batch in batches(tile):
         for name, (module, make) in AUGMENTORS.items():
             if not importlib.util.find_spec(module): continue
@@ -163,15 +166,20 @@ def others(reference, slide, tile, only):
             except Exception as e: yield dict(name=name, px=px, missing=f"failed ({type(e).__name__})")
 
 
-def elsewhere(python, reference, slide, tile, only):
-    "The same from another interpreter."
-    with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder)/"slide.npz", reference=reference, slide=slide, tile=tile)
-        with open(Path(folder)/"out.txt", "w+") as out:
-            try: failed = subprocess.run([python, __file__, "--worker", str(Path(folder)/"slide.npz"), "--only", *only], stdout=out, timeout=1200).returncode
-            except subprocess.TimeoutExpired: failed = "stopped after 20 minutes"
-            if failed: print(f"{python}: {failed}")
-            out.seek(0); return [json.loads(line[7:]) for line in out if line.startswith("RESULT ")]
+def work(a):
+    "One of the jobs in a process of its own: what an earlier one left in memory would hide what this one takes."
+    with np.load(a.worker) as f: tile, slide, reference = f["tile"], f["slide"], f["reference"]
+    results = augmentors(tile) if a.job == "augment" else [other(a.job, reference, slide)] if a.job in OTHERS else [measure(a.job, engines()[a.job], reference, slide, a.runs)]
+    for r in results: print("RESULT " + json.dumps(r), flush=True)
+
+
+def apart(python, file, job, runs):
+    "The results of a job, done by that interpreter."
+    with tempfile.TemporaryFile("w+") as out:
+        try: failed = subprocess.run([python, __file__, "--worker", str(file), "--job", job, "--runs", str(runs)], stdout=out, timeout=1200).returncode
+        except subprocess.TimeoutExpired: failed = "stopped after 20 minutes"
+        if failed: print(f"{job}: {failed}")
+        out.seek(0); return [json.loads(line[7:]) for line in out if line.startswith("RESULT ")]
 
 
 def show(r, copy, base):
@@ -221,17 +229,16 @@ def transforms(tile, slide, reference, a):
     print(f"slide {a.side} x {a.side}, {slide.nbytes / 1e6:.0f} MB; {os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__} with {torch.get_num_threads()} threads, numpy {np.__version__}; "
         f"load {os.getloadavg()[0]:.1f}; a copy takes {copy * slide[..., 0].size * 1e3:.1f} ms")
     print(f"{'':30s} {'side':>6} {'fit, s':>9} {'transform, s':>12} {'faster':>10} {'extra memory':>14} {'of copy':>9} {'Mpx/s':>9} {'grey levels':>10}")
-    here = [n for n, (m, *_) in OTHERS.items() if not a.alternatives_python or importlib.util.find_spec(m)]
-    base, augmented = None, {}
-    def note(results):
-        nonlocal base
-        for r in results:
-            if "px" in r: augmented.setdefault(r["name"], {}).setdefault(r["px"], r.get("rate", r.get("missing"))); continue
-            if r["name"].startswith("staintools ") and "seconds" in r: base = r["seconds"] / r["side"] ** 2, np.asarray(r["pixels"])
-            show(r, copy, base)
-    note(others(reference, slide, tile, here))
-    note(measure(name, make, reference, slide, a.runs) for name, make in engines().items())
-    if a.alternatives_python: note(elsewhere(a.alternatives_python, reference, slide, tile, [n for n in OTHERS if n not in here]))
+    base, augmented, python = None, {}, a.alternatives_python
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder)/"slide.npz"; np.savez(file, reference=reference, slide=slide, tile=tile)
+        for job in [*OTHERS, *engines()]:
+            there = job in OTHERS and python and not importlib.util.find_spec(OTHERS[job][0])
+            for r in apart(python if there else sys.executable, file, job, a.runs):
+                if job.startswith("staintools ") and "seconds" in r: base = r["seconds"] / r["side"] ** 2, np.asarray(r["pixels"])
+                show(r, copy, base)
+        for interpreter in {sys.executable, python or sys.executable}:
+            for r in apart(interpreter, file, "augment", 1): augmented.setdefault(r["name"], {}).setdefault(r["px"], r.get("rate", r.get("missing")))
     return augmented
 
 
@@ -253,12 +260,9 @@ def augment(tile, found, runs):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--side", type=int, default=4096); p.add_argument("--image", default=""); p.add_argument("--reference", default=""); p.add_argument("--runs", type=int, default=5)
-    p.add_argument("--alternatives-python", default=""); p.add_argument("--worker", default="", help=argparse.SUPPRESS); p.add_argument("--only", nargs="*", default=[], help=argparse.SUPPRESS)
+    p.add_argument("--alternatives-python", default=""); p.add_argument("--worker", default="", help=argparse.SUPPRESS); p.add_argument("--job", default="", help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.worker:
-        with np.load(a.worker) as f: tile, slide, reference = f["tile"], f["slide"], f["reference"]
-        for r in others(reference, slide, tile, a.only): print("RESULT " + json.dumps(r), flush=True)
-        return
+    if a.worker: return work(a)
     tile, slide, reference = pictures(a)
     augment(tile, transforms(tile, slide, reference, a), a.runs)
     if torch.cuda.is_available(): gpu(slide, reference)

@@ -19,7 +19,7 @@ from histokit.context import ContextDataset, fit_context, neighbour_table
 from histokit.core import read_json, write_table
 from histokit.data import DataFactory, SlideCache, TargetTransform, assign_folds, check_split, normalised_coords, patch_size, slide_blocks
 from histokit.features import FeatureDataset, HeadModel, Stages, cached_features, fit_boost, fit_head, fit_kernel, fit_pls, fit_ridge, head_answer, mean_view
-from histokit.kriging import centred_places, krige_fold, look_features, place_features, slide_distance
+from histokit.kriging import alike_features, centred_places, krige_fold, look_features, place_features, respects, slide_distance, with_places
 from histokit.metrics import mean_spearman, paired_difference, spearman_columns, spearman_rows
 from histokit.losses import Loss
 from histokit.model import create_model, start_at
@@ -49,9 +49,10 @@ def ideas(a, factory, spots, fold, views, encoder):
     units = lambda r: unit if len(set(unit[r])) > 1 else slide
     pitch = spots.slide.map({n: s.pitch_px for n, s in factory.slides.items()})
     tissue = spots.patient.to_numpy() if spots.groupby("patient").slide.nunique().max() > 1 else np.zeros(len(spots))
-    near = place_features(centred_places(spots[["x", "y"]].to_numpy(), slide, pitch), tissue)
+    place = centred_places(spots[["x", "y"]].to_numpy(), slide, pitch); near = place_features(place, tissue); kin = spots.groupby("slide").patient.first().to_dict()
     apart, one, all_scales = slide_distance(blocks, slide), look_features(first, slide, 384), look_features(blocks, slide, 384)
-    both = [all_scales, np.concatenate([all_scales, .3 ** .5 * near], 1)]
+    seen = respects(blocks, len(a.scales), slide, place); gauss, likeness, lines = alike_features(seen[:len(a.scales)]), alike_features(seen), with_places(all_scales, near, (0, .3))
+    both = with_places(likeness, near)
     table = neighbour_table(spots[["x", "y"]].to_numpy(), slide)
 
     def head(fit, x, kind="rank", **kw):
@@ -67,8 +68,9 @@ def ideas(a, factory, spots, fold, views, encoder):
         data = lambda rows: ContextDataset([of_view(v) for v in views], table, z, None, rows)
         return fit_context(data(r), group(r), mean_spearman, "attention", (5, 10)).predict(data(c))
 
-    def kriging(x, reach, order=0.):
-        return lambda r, c: krige_fold(x, np.where(np.isin(np.arange(len(values)), r)[:, None], values, np.nan), slide, r, c, units(r), apart, reach, order)["answer"]
+    def kriging(x, reach, order=0., marked=True):
+        "`marked`: the patient of each slide is known."
+        return lambda r, c: krige_fold(x, np.where(np.isin(np.arange(len(values)), r)[:, None], values, np.nan), slide, r, c, units(r), apart, reach, order, kin=kin if marked else None)["answer"]
 
     def published(loss, lr, at_mean=False):
         "The head and the schedule of a published recipe on the frozen encoder, begun as it was published, or at the mean of the targets."
@@ -88,7 +90,9 @@ def ideas(a, factory, spots, fold, views, encoder):
         "network head, soft Spearman": head(fit_head, [of_view(v) for v in views], loss="soft_spearman(strength=0.1)"), "network head, neighbours by attention": around,
         "ridge, stages of the encoder": head(fit_ridge, first), f"ridge, stages, {len(a.scales)} scales": head(fit_ridge, blocks),
         "kriging: place alone": kriging(near, 0), "kriging: look, one scale": kriging(one, 0), f"kriging: look, {len(a.scales)} scales": kriging(all_scales, 0),
-        "kriging: look and place": kriging(both, 0), "kriging: + level of slides that look alike": kriging(both, .5), "kriging: + order of each type (best)": kriging(both, .5, .4),
+        "kriging: look and place": kriging(lines, 0), "kriging: + level of slides that look alike": kriging(lines, .5),
+        "kriging: + Gaussian likeness at each scale": kriging(with_places(gauss, near), .5), "kriging: + in each stage, and with neighbours": kriging(both, .5),
+        "kriging: + maps in the order of each type (best)": kriging(both, .5, 1.), "the same, patients not told apart": kriging(both, .5, 1., False),
         "kriging, smoothed over 0.7 pitches": smoothed,
         "published: squared error, rate 3e-4, begun at 0": published("mse", 3e-4), "the same, begun at the mean": published("mse", 3e-4, True),
         "published: soft Spearman, rate 1e-4, begun at 0": published("0.85*soft_spearman+0.15*mse", 1e-4), "the same, begun at the mean too": published("0.85*soft_spearman+0.15*mse", 1e-4, True)}

@@ -54,6 +54,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'histokit.core.atomic': ('core.html#atomic', 'histokit/core.py'),
                                'histokit.core.cache_dir': ('core.html#cache_dir', 'histokit/core.py'),
                                'histokit.core.choose': ('core.html#choose', 'histokit/core.py'),
+                               'histokit.core.compile_chain': ('core.html#compile_chain', 'histokit/core.py'),
                                'histokit.core.did_you_mean': ('core.html#did_you_mean', 'histokit/core.py'),
                                'histokit.core.make_dir': ('core.html#make_dir', 'histokit/core.py'),
                                'histokit.core.open_run': ('core.html#open_run', 'histokit/core.py'),

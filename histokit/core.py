@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['BadInput', 'did_you_mean', 'choose', 'write_error', 'make_dir', 'atomic', 'plain', 'write_json', 'read_json',
-           'write_table', 'save_figure', 'as_uint8', 'open_run', 'cache_dir', 'seed_everything', 'pick_device']
+           'write_table', 'save_figure', 'as_uint8', 'open_run', 'cache_dir', 'compile_chain', 'seed_everything',
+           'pick_device']
 
 # %% ../nbs/09_core.ipynb #0f06ff05
 import contextlib, difflib, errno, json, os, random, tempfile
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 
@@ -150,6 +152,20 @@ def open_run(
 def cache_dir()->Path:
     "Where things worth keeping lie: `$HISTOKIT_CACHE`, or `histokit` in the user's cache."
     return make_dir(os.environ.get("HISTOKIT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"histokit")
+
+# %% ../nbs/09_core.ipynb #c9c79416
+def compile_chain(
+    *functions,                 # plain functions; each may call those before it by name
+    instead: str = "numpy",     # the engine to name where numba is not installed
+):                              # the last of them, compiled
+    "Functions compiled together by numba, outside the interpreter's lock; `BadInput` where it is not installed."
+    try: import numba
+    except ImportError: raise BadInput(f"engine numba is not installed; install the extra 'fast', or use engine={instead}") from None
+    module = functions[-1].__module__
+    jit = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=module != "__main__")
+    scope = dict(np=np, __name__=module)
+    for f in functions: scope[f.__name__] = jit(FunctionType(f.__code__, scope, f.__name__))
+    return scope[functions[-1].__name__]
 
 # %% ../nbs/09_core.ipynb #ce25d786
 def seed_everything(

@@ -14,13 +14,12 @@ from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .core import BadInput, choose
+from .core import BadInput, choose, compile_chain
 from .core import as_uint8
 from .data import check_image, normalised_coords, open_h5, slide_names
 from .stain import RUIFROK
@@ -331,14 +330,8 @@ def fused_patch(flat, width, origin, u0, uc, v0, vc, folds, mix, out):
 
 @functools.cache
 def compiled():
-    "`fused_patch` compiled, and kept on disk for the next process; `BadInput` where numba is not installed."
-    try: import numba
-    except ImportError: raise BadInput("engine numba is not installed; install the extra 'fast', or use engine=numpy") from None
-    jit = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=__name__ != "__main__")
-    scope = dict(np=np, __name__=__name__)
-    for f in (log2_32, exp2_32, _row_positions, _row_words, _row_blend, _row_colour, fused_patch):
-        scope[f.__name__] = jit(FunctionType(f.__code__, scope, f.__name__))
-    return scope["fused_patch"]
+    "`fused_patch` compiled; `BadInput` where numba is not installed."
+    return compile_chain(log2_32, exp2_32, _row_positions, _row_words, _row_blend, _row_colour, fused_patch)
 
 def _fold_numbers(source, axis, border):
     "Low, span and last position for `_row_positions`; empty inside the slide."

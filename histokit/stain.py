@@ -16,14 +16,13 @@ __all__ = ['KINDS', 'RUIFROK', 'METHODS', 'LIMITS', 'ENGINES', 'as_rgb', 'rgb_to
 import functools, importlib.util, inspect, json, math, re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FunctionType
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 from scipy import ndimage
 
-from .core import BadInput, as_uint8, atomic, choose, did_you_mean, make_dir, plain, read_json, write_json
+from .core import BadInput, as_uint8, atomic, choose, compile_chain, did_you_mean, make_dir, plain, read_json, write_json
 from .pictures import open_picture, picture_format, tiles, write_picture
 
 # %% ../nbs/01_stain.ipynb #dd8c254c
@@ -494,14 +493,8 @@ def repaint_fused(rgb, out, tables, unmix, inverse, glass, mix, base, ends, blac
 # %% ../nbs/01_stain.ipynb #e4eb2732
 @functools.cache
 def compiled():
-    "`repaint_fused` compiled, and kept on disk for the next process; `BadInput` where numba is not installed."
-    try: import numba
-    except ImportError: raise BadInput("engine numba is not installed; install the extra 'fast', or use engine=auto") from None
-    jit = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=__name__ != "__main__")
-    scope = dict(np=np, __name__=__name__)
-    for f in (ink_share, _log_light, _mix_dyes, _exp2_bytes, _find_ink, _give_back, repaint_fused):
-        scope[f.__name__] = jit(FunctionType(f.__code__, scope, f.__name__))
-    return scope["repaint_fused"]
+    "`repaint_fused` compiled; `BadInput` where numba is not installed."
+    return compile_chain(ink_share, _log_light, _mix_dyes, _exp2_bytes, _find_ink, _give_back, repaint_fused, instead="auto")
 
 def _fused_constants(plan):
     "A plan as `repaint_fused` takes it: tables of logarithms, and tuples of float32."

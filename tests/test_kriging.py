@@ -1,5 +1,6 @@
 "Kriging and the other heads on a frozen encoder, through the pipeline; and runs compared."
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,8 @@ from typer.testing import CliRunner
 
 from histokit.core import BadInput, read_json
 from histokit.data import DataFactory
-from histokit.kriging import fit_field, krige, krige_fold, place_features, slide_distance
+from histokit.kriging import alike_features, choose_levels, fit_field, gaussian, keep_rows, krige, krige_fold, place_features, respects, slide_distance
+from histokit.metrics import mean_spearman, spearman_columns, spearman_rows
 from histokit.pipeline import app, run_pipeline
 from histokit.tta_smoothing import check_submission, read_submission
 
@@ -41,6 +43,15 @@ def test_best_runs_to_a_submission(best_run, demo_file):
     assert read_json(best_run/"folds"/"0"/"config.json")["extra"]["method"] == "kriging"
 
 
+def test_a_folder_used_again_by_another_method_keeps_nothing_of_the_first(best_run, demo_file, tmp_path):
+    run = shutil.copytree(best_run, tmp_path/"run")
+    run_pipeline("best", [f"data_path={demo_file}", *SMALL, "patch_um=200", "method=finetune", "epochs=1", "unfreeze=all", "context_um=", "stages="], run, show=lambda line: None)
+    names = DataFactory(demo_file).targets
+    before, after = (read_submission(r/"submission.csv")[names].to_numpy() for r in (best_run, run))
+    assert read_json(run/"folds"/"0"/"config.json")["extra"]["method"] == "finetune" and not np.allclose(before, after)
+    assert not (run/"answers.npy").exists() and (run/"folds"/"0"/"model.safetensors").exists()
+
+
 def test_two_runs_compared(best_run, finished_run, tmp_path):
     done = cli("compare", finished_run, best_run, "--picture", tmp_path/"two.png", "--json")
     table = json.loads(done.stdout)
@@ -62,6 +73,52 @@ def test_labels_of_the_slide_are_not_read(order):
     hidden = y.copy(); hidden[c] = np.nan
     one, two = (krige_fold(x, v, slide, a, c, slide, apart, order=order) for v in (y, hidden))
     assert np.array_equal(one["answer"], two["answer"]) and np.isfinite(two["answer"]).all()
+
+
+def test_maps_are_drawn_in_their_own_order_and_rows_stay():
+    slide, x, _, y = field(); rows = np.arange(len(slide)); a, c = rows[slide != "S_1"], rows[slide == "S_1"]; apart = slide_distance([x], slide)
+    plain, drawn = (krige_fold(x, y, slide, a, c, slide, apart, order=o)["answer"] for o in (0., 1.))
+    assert np.array_equal(np.argsort(plain, 1), np.argsort(drawn, 1))
+    assert np.array_equal(spearman_rows(plain, y[c]), spearman_rows(drawn, y[c])) and spearman_columns(drawn, y[c]).mean() > spearman_columns(plain, y[c]).mean() + .05
+
+
+def test_kept_rows_are_the_nearest():
+    "No other table whose rows have that order comes nearer to what was wanted."
+    r = np.random.default_rng(0); v, w = r.normal(size=(40, 6)), r.normal(size=(40, 6)); kept = keep_rows(v, w)
+    assert np.array_equal(np.argsort(kept, 1), np.argsort(v, 1))
+    off = ((kept - w) ** 2).sum(1)
+    for _ in range(200):                                               # rows of the same order, near the answer and far from it
+        other = np.take_along_axis(np.sort(kept + r.choice([.01, .3, 2.]) * r.normal(size=v.shape), 1), v.argsort(1).argsort(1), 1)
+        assert (((other - w) ** 2).sum(1) > off - 1e-4).all()
+
+
+def test_a_patient_with_slides_is_told_from_them():
+    "The level of the own patient's slide is right, that of the other patient is far off."
+    slide, x, _, y = field(n=80); patient = np.where(np.isin(slide, ["S_0", "S_1"]), "A", "B"); rows = np.arange(len(slide))
+    y = y * np.exp(6 * np.random.default_rng(5).normal(size=(2, 6)))[(patient == "B").astype(int)]
+    kin, a, c = dict(zip(slide, patient)), rows[slide != "S_1"], rows[slide == "S_1"]; apart = slide_distance([x], slide)
+    known, unknown = (mean_spearman(krige_fold(x, y, slide, a, c, patient, apart, kin=k)["answer"], y[c]) for k in (kin, None))
+    assert known > unknown + .05
+
+
+@pytest.mark.parametrize("kind", ["rank", "mean"])
+def test_the_level_is_of_the_kind_that_carries_over(kind):
+    "A type that fills one spot in ten on each slide is common by its mean, rare by its rank: the spots say which they have more of."
+    r = np.random.default_rng(0); slide = np.repeat(["S_1", "S_2", "S_3"], 50); y = np.exp(np.arange(5) + .1 * r.normal(size=(150, 5)))
+    if kind == "rank": y[::10, 0] = 1e6                                # the mean would put it first everywhere
+    else:                                                              # on one slide it is a burst, on the others everywhere
+        y[(slide == "S_1") & (np.arange(150) % 10 == 0), 0] = 1e6; y[slide != "S_1", 0] = 1e5
+        y[:50][:, 1] *= .5
+    apart = pd.DataFrame(np.zeros((3, 3)), ["S_1", "S_2", "S_3"], ["S_1", "S_2", "S_3"])
+    assert choose_levels(y, slide, slide, apart, 0.)[0] == kind
+
+
+def test_likeness_does_not_depend_on_how_slides_were_stained():
+    r = np.random.default_rng(0); slide = np.repeat(["S_1", "S_2"], 40); place = r.uniform(0, 6, (80, 2)); x = r.normal(size=(80, 12))
+    tinted = x * np.where(slide == "S_1", 1, 3)[:, None] + np.where(slide == "S_1", 0, 5)[:, None]
+    one, two = (alike_features(respects(np.split(v, 4, 1), 2, slide, place)) for v in (x, tinted))
+    assert np.allclose(one @ one.T, two @ two.T, atol=5e-3) and len(respects(np.split(x, 4, 1), 2, slide, place)) == 2 + 2 + 2
+    assert np.allclose(gaussian(x, x, 2.), np.exp(-((x[:, None] - x) ** 2).sum(-1) / 8))
 
 
 def test_inner_predictions_do_not_see_their_slide():

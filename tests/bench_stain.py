@@ -4,7 +4,7 @@
 
 The slide is a tile repeated. Times are the best of several runs; extra memory is the peak of the process during the call, over what it held before, as a share of the slide, the result included.
 Alternatives that do not install beside histokit can lie in an environment of their own, whose interpreter is given: they then run on the same slide, in a process of theirs.
-    python -m venv alternatives && alternatives/bin/pip install 'setuptools<81' numpy psutil torch torchvision staintools spams-bin torchstain torch-staintools tiatoolbox
+    python -m venv alternatives && alternatives/bin/pip install 'setuptools<81' numpy psutil torch torchvision staintools spams-bin torchstain torch-staintools tiatoolbox openslide-bin
 Each transform reads the slide's stain and repaints it. The last column is how far the result is from staintools', in grey levels: near 0 the same was computed."""
 import argparse, contextlib, importlib, importlib.util, json, os, platform, subprocess, sys, tempfile, threading, time
 from pathlib import Path

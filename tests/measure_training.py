@@ -92,7 +92,8 @@ def ideas(a, factory, spots, fold, views, encoder):
         "kriging: place alone": kriging(near, 0), "kriging: look, one scale": kriging(one, 0), f"kriging: look, {len(a.scales)} scales": kriging(all_scales, 0),
         "kriging: look and place": kriging(lines, 0), "kriging: + level of slides that look alike": kriging(lines, .5),
         "kriging: + Gaussian likeness at each scale": kriging(with_places(gauss, near), .5), "kriging: + in each stage, and with neighbours": kriging(both, .5),
-        "kriging: + maps in the order of each type (best)": kriging(both, .5, 1.), "the same, patients not told apart": kriging(both, .5, 1., False),
+        "kriging: + maps in the order of each type (best)": kriging(both, .5, 1.),
+        **({"the same, patients not told apart": kriging(both, .5, 1., False)} if len(set(kin.values())) not in (1, len(kin)) else {}),
         "kriging, smoothed over 0.7 pitches": smoothed,
         "published: squared error, rate 3e-4, begun at 0": published("mse", 3e-4), "the same, begun at the mean": published("mse", 3e-4, True),
         "published: soft Spearman, rate 1e-4, begun at 0": published("0.85*soft_spearman+0.15*mse", 1e-4), "the same, begun at the mean too": published("0.85*soft_spearman+0.15*mse", 1e-4, True)}

@@ -142,13 +142,20 @@ def test_places_of_two_blocks_do_not_compare():
     assert np.allclose((near @ near.T).diagonal(), 1, atol=.1)
 
 
+def test_only_a_network_head_looks_around(best_run, demo_file, tmp_path):
+    run = shutil.copytree(best_run, tmp_path/"run")
+    with pytest.raises(BadInput, match="neighbours=mean is for method=head; method=kriging"):
+        run_pipeline("best", [f"data_path={demo_file}", *SMALL, "patch_um=200", "context_um=400", "stages=-2,-1", "pca=64", "neighbours=mean"], run, show=lambda line: None)
+    assert (run/"submission.csv").read_bytes() == (best_run/"submission.csv").read_bytes()
+
+
 def test_one_unit_cannot_choose():
     slide, x, _, y = field(slides=1)
     with pytest.raises(BadInput, match="one unit"): fit_field(x, y - y.mean(0), slide, slide, x)
 
 
-@pytest.mark.parametrize("method", ["pls", pytest.param("head", marks=pytest.mark.slow)])
-def test_other_heads(method, tmp_path, demo_file):
-    run = run_pipeline("probe", [f"data_path={demo_file}", *SMALL, f"method={method}", "stain_method=none"], tmp_path/"run", show=lambda line: None)
+@pytest.mark.parametrize("how", [["method=pls"], pytest.param(["method=head"], marks=pytest.mark.slow), pytest.param(["method=head", "neighbours=attention"], marks=pytest.mark.slow)])
+def test_other_heads(how, tmp_path, demo_file):
+    run = run_pipeline("probe", [f"data_path={demo_file}", *SMALL, *how, "stain_method=none"], tmp_path/"run", show=lambda line: None)
     factory = DataFactory(demo_file)
     check_submission(read_submission(run/"submission.csv"), int(factory.spots.split.eq("Test").sum()), factory.targets)

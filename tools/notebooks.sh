@@ -5,7 +5,7 @@ set -euo pipefail
 for nb in ${ONLY:-nbs/*.ipynb}; do
   echo "$nb"
   "$BIN/jupyter" nbconvert --log-level=ERROR --to notebook --execute --inplace --ExecutePreprocessor.timeout=1200 \
-    --KernelManager.transport=ipc --ExecutePreprocessor.store_widget_state=False "$nb"
+    --ExecutePreprocessor.store_widget_state=False "$nb"
 done
 "$BIN/nbdev_clean"
 "$BIN/nbdev_export"

@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'TYPES', 'PATHS', 'KERNEL_ENVIRONMENT', 'app', 'kernels', '
            'kernels_build', 'kernels_check', 'main']
 
 # %% ../nbs/06_pipeline.ipynb #2796f505
-import contextlib, fcntl, functools, hashlib, json, os, platform, re, shutil, subprocess, threading, time
+import ast, contextlib, fcntl, functools, hashlib, json, os, platform, re, shutil, subprocess, threading, time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -55,7 +55,7 @@ def stage_parameters(
     source = next(("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])), None)
     if source is None: raise BadInput(f"{notebook} has no cell tagged 'parameters'; nbdev_clean strips the tag unless allowed_cell_metadata_keys = tags")
     found = re.findall(r"^(\w+)\s*:\s*(int|float|str|bool)\s*=\s*(.+?)\s*#\s*(.*)$", source, re.M)
-    return {name: (kind, yaml.safe_load(value), about) for name, kind, value, about in found}
+    return {name: (kind, ast.literal_eval(value), about) for name, kind, value, about in found}
 
 def pipeline_parameters()->dict:     # name -> (type's name, default, help, stages that take it)
     "All parameters of all stages."

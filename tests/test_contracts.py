@@ -68,6 +68,12 @@ def test_recipes_resolve(recipe):
     assert set(params) == set(pipeline_parameters()) and find_recipe(recipe.stem).resolve() == recipe
 
 
+def test_defaults_are_of_their_declared_types():
+    "Also those that YAML would read as text, such as 3e-3."
+    kinds = dict(int=int, float=float, str=str, bool=bool)
+    assert not {n: d for n, (kind, d, *_) in pipeline_parameters().items() if type(d) is not kinds[kind]}
+
+
 def test_package_imports_light():
     "What only notebooks, papermill or Kaggle need is not imported with the package."
     code = "import sys, histokit.pipeline, histokit.kaggle, histokit.data, histokit.train, histokit.stain, histokit.demo, histokit.debug_checks, histokit.tta_smoothing\n" \
@@ -78,8 +84,8 @@ def test_package_imports_light():
 def test_dependencies_point_one_way():
     below = dict(core=set(), data={"core"}, pictures={"core"}, stain={"core", "pictures"}, model={"core"}, losses={"core", "model"}, metrics={"core"}, train={"core", "model"}, demo={"core"},
                  register={"core", "data"}, patches={"core", "data", "stain"}, own_slides={"core", "data", "demo", "pictures", "stain"},
-                 features={"core", "losses", "model", "patches", "train"}, context={"core", "features", "losses", "model", "train"}, kriging={"core", "features"},
-                 tta_smoothing={"core", "data", "metrics", "train"}, debug_checks={"core", "data", "losses", "metrics", "model", "stain", "train", "tta_smoothing"})
+                 features={"core", "losses", "model", "patches", "train"}, context={"core", "features", "losses", "model", "train"}, kriging={"context", "core", "features", "metrics"},
+                 tta_smoothing={"context", "core", "data", "metrics", "train"}, debug_checks={"core", "data", "losses", "metrics", "model", "stain", "train", "tta_smoothing"})
     for name, allowed in below.items():
         tree = ast.parse((ROOT/"histokit"/f"{name}.py").read_text())
         used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module}

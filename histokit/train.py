@@ -259,7 +259,9 @@ def read_state(
     log,            # called with one line where it cannot be used
 ):                  # dictionary, or None
     "A trainer's checkpoint, when it is there, whole, and of the same settings."
-    for left in file.parent.glob(f".{file.stem}.*.tmp{file.suffix}"): left.unlink()       # of a run killed while it wrote
+    for name in (file.name, "history.csv"):                                               # what a run killed while it wrote has left
+        stem, end = name.rsplit(".", 1)
+        for left in file.parent.glob(f".{stem}.*.tmp.{end}"): left.unlink()
     if not file.exists(): return None
     try: state = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e: return log(f"{file} cannot be read ({type(e).__name__}): starting afresh")

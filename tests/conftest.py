@@ -11,7 +11,7 @@ SMOKE = ["epochs=4", "stain_method=macenko", "views=none", "input_px=32", "smoot
 
 @pytest.fixture(scope="session")
 def demo_file():
-    from histokit.demo import smoke_demo
+    from histokit.spots.demo import smoke_demo
     return str(smoke_demo())
 
 

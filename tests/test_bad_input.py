@@ -17,9 +17,9 @@ import pytest
 from conftest import SMOKE
 from typer.testing import CliRunner
 
-from histokit import core
-from histokit.core import BadInput
-from histokit.pipeline import app
+from histokit.core.files import atomic, read_json, write_json, write_table
+from histokit.core.text import BadInput
+from histokit.cli import app
 
 CLI = [sys.executable, "-c", "from histokit.pipeline import main; main()"]
 FIRST = "spots/Train/S_1"
@@ -193,16 +193,16 @@ def test_unwritable_folder(place, demo_file, tmp_path):
 
 def test_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch):
     "No space left at any moment of writing."
-    path = core.write_json(tmp_path/"a.json", dict(score=1))
+    path = write_json(tmp_path/"a.json", dict(score=1))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     def fail(*args): raise full
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(BadInput, match="the disk is full; free some space"): core.write_json(path, dict(score=2))
+    with pytest.raises(BadInput, match="the disk is full; free some space"): write_json(path, dict(score=2))
     monkeypatch.undo()
-    with pytest.raises(BadInput, match="the disk is full"), core.atomic(path) as tmp:
+    with pytest.raises(BadInput, match="the disk is full"), atomic(path) as tmp:
         tmp.write_text("half")
         raise full
-    assert core.read_json(path) == dict(score=1) and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert read_json(path) == dict(score=1) and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_results_that_outgrow_the_limit(demo_file, tmp_path):
@@ -218,13 +218,13 @@ def test_results_that_outgrow_the_limit(demo_file, tmp_path):
 
 def test_killed_while_writing(tmp_path):
     "SIGKILL in the middle of a write leaves the earlier file whole, and the next write goes through."
-    path = core.write_table(tmp_path/"a.csv", pd.DataFrame(dict(a=[1])))
+    path = write_table(tmp_path/"a.csv", pd.DataFrame(dict(a=[1])))
     code = f"import time; from histokit.core import atomic\nwith atomic({str(path)!r}) as tmp: tmp.write_text('half'); print('writing', flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "writing\n"
     child.send_signal(signal.SIGKILL); child.wait()
     assert pd.read_csv(path).a.tolist() == [1]
-    core.write_table(path, pd.DataFrame(dict(a=[2])))
+    write_table(path, pd.DataFrame(dict(a=[2])))
     assert pd.read_csv(path).a.tolist() == [2]
 
 

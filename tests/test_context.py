@@ -3,11 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from histokit.context import (
-    AROUND, ContextDataset, ContextHead, SlideBags, SlidePrior, choose_prior_weight, context_answer, fit_context, fit_prior, load_context, neighbour_table, slide_means, train_context, turned, with_prior)
-from histokit.core import BadInput
-from histokit.metrics import mean_spearman
-from histokit.model import check_param_groups, param_groups, save_model
+from histokit.spots.context import AROUND, ContextDataset, ContextHead, context_answer, fit_context, load_context, train_context, turned
+from histokit.spots.slide_prior import SlideBags, SlidePrior, choose_prior_weight, fit_prior, slide_means, with_prior
+from histokit.spots.lattice import neighbour_table
+from histokit.core.text import BadInput
+from histokit.learn.scores import mean_spearman
+from histokit.learn.networks import check_param_groups, param_groups
+from histokit.spots.network import save_model
 
 
 @pytest.fixture(autouse=True)

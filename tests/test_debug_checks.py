@@ -7,10 +7,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histokit.core import BadInput, write_json
-from histokit.data import DataFactory, HESpotDataset, SlideCache, TargetTransform, assign_folds, neighbour_labels, patch_size, slide_blocks
-from histokit.debug_checks import (Finding, check_file, check_images, check_improves, check_predictions, check_run, check_smoothing, check_split_honesty, format_findings, from_error,
-    look_at, raise_errors, write_report)
+from histokit.core.text import BadInput
+from histokit.core.files import write_json
+from histokit.spots.slides import DataFactory
+from histokit.spots.patches import HESpotDataset, patch_size
+from histokit.spots.cache import SlideCache
+from histokit.spots.targets import TargetTransform
+from histokit.spots.splits import assign_folds, slide_blocks
+from histokit.spots.lattice import neighbour_labels
+from histokit.core.checks import Finding, format_findings, from_error, raise_errors
+from histokit.spots.check_file import check_file
+from histokit.spots.check_patches import check_images
+from histokit.learn.checks import check_improves
+from histokit.spots.check_predictions import check_predictions, check_smoothing
+from histokit.spots.check_run import check_run, check_split_honesty
+from histokit.spots.check_slides import look_at
+from histokit.spots.check_page import write_report
 
 
 def errors(findings): return [str(f) for f in findings if f.level == "error"]

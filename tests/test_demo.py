@@ -10,8 +10,10 @@ import pytest
 from scipy import ndimage
 from scipy.stats import rankdata
 
-from histokit import demo
-from histokit.core import BadInput, read_json
+from histokit.spots.demo import _FACTS, demo_paths, make_demo, make_slide, show, smoke_demo
+from histokit.spots.painting import draw_stain, fiducials, visium_lattice
+from histokit.core.text import BadInput
+from histokit.core.files import read_json
 
 matplotlib.use("Agg")
 C = [f"C{j + 1}" for j in range(35)]
@@ -35,12 +37,12 @@ def score(predicted, true):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return demo.make_demo(tmp_path_factory.mktemp("demo")/"a.h5", **SMALL)
+    return make_demo(tmp_path_factory.mktemp("demo")/"a.h5", **SMALL)
 
 
 @pytest.fixture(scope="module")
 def default(tmp_path_factory):
-    made = demo.make_demo(tmp_path_factory.mktemp("demo")/"demo.h5")
+    made = make_demo(tmp_path_factory.mktemp("demo")/"demo.h5")
     images, spots = read(made.path)
     truth = pd.read_csv(made.truth)[C].to_numpy()
     return made, images, spots, {n: table(r) if "C1" in r.dtype.names else truth for n, r in spots.items()}
@@ -76,13 +78,13 @@ def test_truth_is_a_submission(small):
 
 
 def test_ids_run_through_all_test_slides(tmp_path):
-    made = demo.make_demo(tmp_path/"two.h5", n_train=1, n_test=2, size=480, um_per_px=5.)
+    made = make_demo(tmp_path/"two.h5", n_train=1, n_test=2, size=480, um_per_px=5.)
     spots = read(made.path)[1]
     assert len(pd.read_csv(made.truth)) == len(spots["S_2"]) + len(spots["S_3"])
 
 
 def test_a_seed_writes_the_same_bytes(small, tmp_path):
-    again, other = demo.make_demo(tmp_path/"b.h5", **SMALL), demo.make_demo(tmp_path/"c.h5", **SMALL, seed=1)
+    again, other = make_demo(tmp_path/"b.h5", **SMALL), make_demo(tmp_path/"c.h5", **SMALL, seed=1)
     assert again.path.read_bytes() == small.path.read_bytes()
     for a, b in zip(again[1:], small[1:]):
         assert a.read_bytes() == b.read_bytes()
@@ -91,14 +93,14 @@ def test_a_seed_writes_the_same_bytes(small, tmp_path):
 
 @pytest.mark.parametrize("dtype,top", [("uint8", 255), ("uint16", 65535), ("float64", 1)])
 def test_dtypes_hold_the_same_picture(small, tmp_path, dtype, top):
-    path = demo.make_demo(tmp_path/"d.h5", **SMALL, dtype=dtype).path
-    demo.show(path).savefig(tmp_path/"d.png")
+    path = make_demo(tmp_path/"d.h5", **SMALL, dtype=dtype).path
+    show(path).savefig(tmp_path/"d.png")
     image = read(path)[0]["S_2"]
     assert image.dtype == dtype and np.allclose(image/top, read(small.path)[0]["S_2"], atol=1e-6)
 
 
 def test_coordinate_scale(small, tmp_path):
-    made = demo.make_demo(tmp_path/"e.h5", **SMALL, coord_scale="competition", coord_shift=[(9, -4), (0, 0), (-20, 3)])
+    made = make_demo(tmp_path/"e.h5", **SMALL, coord_scale="competition", coord_shift=[(9, -4), (0, 0), (-20, 3)])
     slides, spots, plain = read_json(made.slides), pd.read_parquet(made.spots), pd.read_parquet(small.spots)
     assert [s["coord_scale"] for s in slides] == [.950, .931, .989]
     for s in slides:
@@ -112,14 +114,14 @@ def test_coordinate_scale(small, tmp_path):
 
 
 def test_full_size_has_the_real_geometry():
-    slide = demo.make_slide(0, size=2000)
-    g, dots = slide.geo, demo.fiducials(slide.geo)
+    slide = make_slide(0, size=2000)
+    g, dots = slide.geo, fiducials(slide.geo)
     assert g.span.tolist() == [6350, 6699] and g.frame.tolist() == [7425, 7540]
     assert abs(len(slide.xy) - .44*4992) < .05*4992 and slide.image.shape == (g.height, g.width, 3) and slide.image.dtype == np.uint8
     assert dots.min() > 8 and (dots.max(0) < [g.width - 8, g.height - 8]).all()
     x, y = np.round(dots).astype(int).T
     assert np.median(slide.image[y, x].mean(1)) < 100                          # the dots are where they are said to be
-    nodes = demo.lattice(g)
+    nodes = visium_lattice(g)
     assert np.abs((nodes.max(0) + nodes.min(0))/2 - (dots.max(0) + dots.min(0))/2).max() < 8
 
 
@@ -127,9 +129,9 @@ def test_heavy_tails_and_known_marginals(default):
     _, _, _, Y = default
     v = np.concatenate(list(Y.values()))
     assert 6e-10 < v.min() and v.max() < 29.5 and v.max() > 10 and v.min() < 1e-6
-    assert np.abs(np.log10(np.median(v, 0)/demo._FACTS[:, 2])).max() < .5
+    assert np.abs(np.log10(np.median(v, 0)/_FACTS[:, 2])).max() < .5
     assert np.median(v.mean(0)/np.median(v, 0)) > 3
-    assert np.corrcoef(rankdata(v, axis=1).mean(0), demo._FACTS[:, 5])[0, 1] > .95
+    assert np.corrcoef(rankdata(v, axis=1).mean(0), _FACTS[:, 5])[0, 1] > .95
 
 
 def features(image, xy):
@@ -160,7 +162,7 @@ def test_the_picture_matters_and_a_shuffled_one_does_not(default):
 def test_every_slide_has_its_own_stain(default):
     m = np.array([s["stain_matrix"] for s in read_json(default[0].slides)])
     assert np.allclose(np.linalg.norm(m, axis=-1), 1) and m.std(0).max() > .01
-    same = [demo.draw_stain(np.random.default_rng(i), 0).matrix for i in range(2)]
+    same = [draw_stain(np.random.default_rng(i), 0).matrix for i in range(2)]
     assert np.array_equal(*same)
 
 
@@ -168,18 +170,18 @@ def test_every_slide_has_its_own_stain(default):
     dict(size=200), dict(n_train=0, n_test=0)])
 def test_bad_arguments_write_nothing(tmp_path, bad):
     with pytest.raises(BadInput) as error:
-        demo.make_demo(tmp_path/"x.h5", **{**SMALL, **bad})
+        make_demo(tmp_path/"x.h5", **{**SMALL, **bad})
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def _smoke(cache):
     os.environ["HISTOKIT_CACHE"] = str(cache)
-    return demo.smoke_demo()
+    return smoke_demo()
 
 
 def test_smoke_demo_is_made_once_and_by_two_at_once(tmp_path):
     with mp.get_context("spawn").Pool(2) as pool:
         first, second = pool.map(_smoke, [tmp_path]*2, chunksize=1)
-    assert first == second and all(p.exists() for p in demo.demo_paths(first)) and not list(tmp_path.rglob(".*"))
+    assert first == second and all(p.exists() for p in demo_paths(first)) and not list(tmp_path.rglob(".*"))
     images, spots = read(first)
     assert len(images) == 4 and all(20 < len(r) < 250 for r in spots.values())

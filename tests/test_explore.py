@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histokit.core import BadInput
-from histokit.data import DataFactory, HESpotDataset, SlideCache, assign_folds
-from histokit.explore import (LIMIT, Explorer, Look, View, as_view, can_draw_widgets, explore, explore_static, html_factory, html_sample, html_slide, html_split, moved, nearest_spot, patch_sizes, ranked,
-                              thumbnail, window)
+from histokit.core.text import BadInput
+from histokit.spots.slides import DataFactory
+from histokit.spots.patches import HESpotDataset
+from histokit.spots.cache import SlideCache
+from histokit.spots.splits import assign_folds
+from histokit.core.page import INLINE_BYTES
+from histokit.spots.explore import Explorer, Scene, Viewpoint, as_view, can_draw_widgets, explore, explore_static, moved, nearest_spot, patch_sizes, ranked, window
+from histokit.spots.cards import html_factory, html_sample, html_slide, html_split, thumbnail
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is not installed; the explorer's controls are not tested here")
 
@@ -25,12 +29,12 @@ pytest.importorskip("ipywidgets", reason="ipywidgets is not installed; the explo
 def look(demo_file):
     factory = DataFactory(demo_file)
     train = factory.spots.split.eq("Train")
-    return Look(factory, factory.spots.loc[train, factory.targets].to_numpy() * 2)
+    return Scene(factory, factory.spots.loc[train, factory.targets].to_numpy() * 2)
 
 
 @pytest.fixture
 def ex(look):
-    ex = Explorer(look, View("S_1"), mouse="no")
+    ex = Explorer(look, Viewpoint("S_1"), mouse="no")
     yield ex
     ex.close()
 
@@ -104,17 +108,17 @@ def test_a_click_chooses_the_nearest_spot(ex, look):
 
 
 def test_a_test_slide_has_rings_and_says_so(look):
-    ex = Explorer(look, View("S_4"), mouse="no")
+    ex = Explorer(look, Viewpoint("S_4"), mouse="no")
     assert "no truth known" in ex.axes[0].get_title() and len(dots(ex.axes[0])) == 0 and ranked(look, ex.view).truth.isna().all()
     ex.close()
 
 
 def test_mouse_by_ipympl(look):
     if importlib.util.find_spec("ipympl") is None:
-        with pytest.raises(BadInput, match="pip install ipympl"): Explorer(look, View("S_1"), mouse="yes")
+        with pytest.raises(BadInput, match="pip install ipympl"): Explorer(look, Viewpoint("S_1"), mouse="yes")
         pytest.skip("ipympl is not installed; clicks and the wheel are tested without its canvas only")
     from matplotlib.backend_bases import MouseEvent
-    ex = Explorer(look, View("S_1"), mouse="yes"); ex.picture.draw()
+    ex = Explorer(look, Viewpoint("S_1"), mouse="yes"); ex.picture.draw()
     def event(name, xy, **more): return MouseEvent(name, ex.picture, *ex.axes[0].transData.transform(xy), **more)
     at = look.spots.loc[look.of["S_1"], ["x", "y"]].to_numpy()
     ex.picture.callbacks.process("button_press_event", event("button_press_event", at[3], button=1)); assert ex.view.spot == 3
@@ -131,7 +135,7 @@ def test_explore_is_still_here_and_says_why(look):
     fig = explore(look.factory, slide="S_2", target="C3", zoom=2.)
     assert isinstance(fig, matplotlib.figure.Figure) and fig.texts[-1].get_text() == "still picture: not in a notebook"
     ex = explore(look.factory, widgets="yes", slide="S_2", target="C3", mouse="no")
-    assert ex.view == View("S_2", 2)
+    assert ex.view == Viewpoint("S_2", 2)
     ex.close(); matplotlib.pyplot.close(fig)
 
 
@@ -144,7 +148,7 @@ def test_wrong_views_are_refused_in_one_line(look, view, message):
 
 def test_predictions_must_fit(look):
     for shape, message in (((5, 35), "fit neither"), ((len(look.spots), 3), "a column for each")):
-        with pytest.raises(BadInput, match=message): Look(look.factory, np.ones(shape))
+        with pytest.raises(BadInput, match=message): Scene(look.factory, np.ones(shape))
     assert as_view(look, target=look.types[2]).target == 2
 
 
@@ -161,7 +165,7 @@ def test_module_import_is_light():
 def inline(page):
     "The picture of a page; the page is small."
     source = re.search(r'src="data:image/png;base64,(.*?)"', page)[1]
-    assert len(source) < LIMIT and page.count("<table") == page.count("</table>")
+    assert len(source) < INLINE_BYTES and page.count("<table") == page.count("</table>")
     return Image.open(io.BytesIO(base64.b64decode(source)))
 
 

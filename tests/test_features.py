@@ -7,12 +7,18 @@ import pandas as pd
 import pytest
 import torch
 
-from histokit import features as hf
-from histokit.core import BadInput, read_json
-from histokit.losses import Loss
-from histokit.model import create_model, param_groups
-from histokit.patches import Augmentation, PatchDataset, PatchSampler
-from histokit.train import Trainer
+from histokit.frozen.features import cached_features, code_identity, feature_key, list_features, view_numbers
+from histokit.frozen.heads import PENALTIES, boost_path, fit_boost, fit_kernel, fit_pls, fit_ridge, pls_path, set_linear
+from histokit.frozen.network_head import FeatureDataset, fit_head
+from histokit.frozen.parts import Stages
+from histokit.spots.tail import FrozenPart, put_back, split_model
+from histokit.core.text import BadInput
+from histokit.core.files import read_json
+from histokit.learn.losses import Loss
+from histokit.spots.network import create_model
+from histokit.learn.networks import param_groups
+from histokit.spots.patches import Augmentation, PatchDataset, PatchSampler
+from histokit.learn.trainer import Trainer
 
 CHAINS = ["test_resnet", "test_convnext", "test_efficientnet", "test_byobnet", "test_mambaout", "test_nfnet"]
 boost = pytest.mark.skipif(importlib.util.find_spec("lightgbm") is None, reason="LightGBM is not installed")
@@ -50,10 +56,10 @@ INGREDIENTS = dict(
     mean=lambda: dict(encoder=encoder(mean="0.4")),
     std=lambda: dict(encoder=encoder(std="0.3")),
     argument=lambda: dict(encoder=encoder(backbone_args="act_layer=gelu")),
-    stages=lambda: dict(encoder=hf.Stages(encoder())),
-    other_stages=lambda: dict(encoder=hf.Stages(encoder(), (-1,))),
-    cut=lambda: dict(encoder=hf.FrozenPart(encoder(), "layer4")),
-    other_cut=lambda: dict(encoder=hf.FrozenPart(encoder(), "layer3")),
+    stages=lambda: dict(encoder=Stages(encoder())),
+    other_stages=lambda: dict(encoder=Stages(encoder(), (-1,))),
+    cut=lambda: dict(encoder=FrozenPart(encoder(), "layer4")),
+    other_cut=lambda: dict(encoder=FrozenPart(encoder(), "layer3")),
     pixels=lambda: dict(dataset=patches(slides(1))),
     size=lambda: dict(dataset=patches(sizes=(33,))),
     size_of_one_slide=lambda: dict(dataset=patches(sizes=({"S_1": 32, "S_2": 31},))),
@@ -69,25 +75,25 @@ INGREDIENTS = dict(
 
 def test_every_ingredient_has_its_own_entry(tmp_path):
     "As many entries as settings: nothing is answered with the features of another."
-    run = lambda **kw: hf.cached_features(**(dict(encoder=encoder(), dataset=patches(), folder=tmp_path, device="cpu") | kw))
+    run = lambda **kw: cached_features(**(dict(encoder=encoder(), dataset=patches(), folder=tmp_path, device="cpu") | kw))
     run()
     for n, change in enumerate(INGREDIENTS.values(), 2):
         run(**change()); assert len(list(tmp_path.iterdir())) == n
-    assert len(hf.list_features(tmp_path)) == len(INGREDIENTS) + 1
+    assert len(list_features(tmp_path)) == len(INGREDIENTS) + 1
     m = encoder(); m.head[-1].weight.data.add_(1); run(encoder=m); run(encoder=encoder(head="mlp", hidden="4", dropout=.1, unfreeze=2))
     assert len(list(tmp_path.iterdir())) == len(INGREDIENTS) + 1                        # heads and what is trained have no part in it
 
 
 @pytest.mark.parametrize("what", ["timm.__version__", "__version__"])
 def test_versions_are_in_the_key(what):
-    before = hf.feature_key(hf.code_identity())
-    with mock.patch(f"histokit.features.{what}", "0.0.0"): assert hf.feature_key(hf.code_identity()) != before
+    before = feature_key(code_identity())
+    with mock.patch(f"histokit.features.{what}", "0.0.0"): assert feature_key(code_identity()) != before
 
 
 def test_code_is_in_the_key_and_comments_are_not(tmp_path):
     def key(text):
         (tmp_path/"m.py").write_text(text)
-        with mock.patch("importlib.util.find_spec", lambda name: mock.Mock(origin=tmp_path/"m.py")): return hf.feature_key(hf.code_identity())
+        with mock.patch("importlib.util.find_spec", lambda name: mock.Mock(origin=tmp_path/"m.py")): return feature_key(code_identity())
     assert key("x = 1") == key("x = 1  # one\n") != key("x = 2")
 
 
@@ -101,7 +107,7 @@ class Counting(torch.nn.Module):
 
 
 def test_killed_run_goes_on(tmp_path):
-    run = lambda e, views="dihedral": hf.cached_features(e, patches(), views, tmp_path, batch_size=5, device="cpu")
+    run = lambda e, views="dihedral": cached_features(e, patches(), views, tmp_path, batch_size=5, device="cpu")
     with pytest.raises(KeyboardInterrupt): run(Counting(dies=6))                        # two views of two batches each, and half of the third
     assert sorted(p.name for p in tmp_path.glob("*/*")) == ["view0.json", "view0.npy", "view1.json", "view1.npy"]
     again = Counting(); assert len(run(again)) == 8 and again.calls == 12
@@ -114,7 +120,7 @@ def test_killed_run_goes_on(tmp_path):
     (lambda f: f.with_suffix(".json").write_text("{"), "cannot be read"), (lambda f: f.with_suffix(".json").unlink(), "missing"),
     (lambda f: f.with_suffix(".json").write_text('{"identity": {}}'), "something else")])
 def test_damage_is_said_and_mended(tmp_path, spoil, says):
-    said, run = [], lambda: np.array(hf.cached_features(Counting(), patches(), "none", tmp_path, device="cpu", log=said.append)[0])
+    said, run = [], lambda: np.array(cached_features(Counting(), patches(), "none", tmp_path, device="cpu", log=said.append)[0])
     before = run(); spoil(next(tmp_path.glob("*/view0.npy")))
     assert np.array_equal(run(), before) and len(said) == 1 and says in said[0]
     assert np.array_equal(run(), before) and len(said) == 1
@@ -129,24 +135,24 @@ def test_what_half_precision_cannot_hold(tmp_path):
     for times, plus, kind in ((1., 0., "float16"), (1e4, 0., "float32"), (1e-4, 1., "float32"), (1e-9, 0., "float32")):
         said, e = [], Times(times, plus)
         folder = tmp_path/f"{times} {plus}"
-        f, = hf.cached_features(e, patches(), "none", folder, device="cpu", log=said.append)
+        f, = cached_features(e, patches(), "none", folder, device="cpu", log=said.append)
         assert f.dtype == kind == read_json(next(folder.glob("*/view0.json")))["dtype"]
         np.testing.assert_allclose(f, exact * np.float32(times) + np.float32(plus), rtol=2e-3); assert len(said) == (kind == "float32")
-    with pytest.raises(BadInput, match="not finite"): hf.cached_features(Times(float("nan")), patches(), "none", tmp_path/"n", device="cpu")
+    with pytest.raises(BadInput, match="not finite"): cached_features(Times(float("nan")), patches(), "none", tmp_path/"n", device="cpu")
     assert [p for p in (tmp_path/"n").rglob("*") if p.is_file()] == []
 
 
 def test_several_scales(tmp_path):
     m, data = encoder(scales=2), patches(sizes=(32, 64))
-    f = hf.cached_features(m, data, [5], tmp_path, device="cpu")[0]
+    f = cached_features(m, data, [5], tmp_path, device="cpu")[0]
     images = {k: torch.rot90(v.flip(-1), 1, (-2, -1)) for k, v in data.batch(range(10))[0].items() if k != "coords"}
     with torch.no_grad(): np.testing.assert_allclose(f, m.eval().encode(**images).numpy(), atol=2e-3)
-    assert hf.cached_features(hf.Stages(m), data, "none", tmp_path, device="cpu")[0].shape == (10, 2 * (48 + 192))
+    assert cached_features(Stages(m), data, "none", tmp_path, device="cpu")[0].shape == (10, 2 * (48 + 192))
 
 
 @pytest.mark.parametrize("views", ["all", [8], [], [1, 1], -1])
 def test_views_that_are_not(views):
-    with pytest.raises(BadInput): hf.view_numbers(views)
+    with pytest.raises(BadInput): view_numbers(views)
 
 
 def case(n=60, d=8, t=3):
@@ -155,8 +161,8 @@ def case(n=60, d=8, t=3):
 
 
 less = lambda p, t: -((p - t) ** 2).mean()
-HEADS = dict(ridge=(hf.fit_ridge, dict(penalties=(10.,))), pls=(hf.fit_pls, dict(components=(2,))), kernel=(hf.fit_kernel, dict(widths=(1.,), penalties=(.3,))),
-    head=(hf.fit_head, dict(epochs=(2,), device="cpu")), boost=(hf.fit_boost, dict(rounds=(5,), threads=1)))
+HEADS = dict(ridge=(fit_ridge, dict(penalties=(10.,))), pls=(fit_pls, dict(components=(2,))), kernel=(fit_kernel, dict(widths=(1.,), penalties=(.3,))),
+    head=(fit_head, dict(epochs=(2,), device="cpu")), boost=(fit_boost, dict(rounds=(5,), threads=1)))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=boost) if n == "boost" else n for n in HEADS])
@@ -172,11 +178,11 @@ def test_left_out_rows_have_no_part(name):
 
 def test_settings_are_chosen_by_all_left_out_rows():
     x, y, g = case()
-    fit = hf.fit_ridge(x, y, g, less)
-    alone = [hf.fit_ridge(x, y, g, less, penalties=(p,)) for p in hf.PENALTIES]
+    fit = fit_ridge(x, y, g, less)
+    alone = [fit_ridge(x, y, g, less, penalties=(p,)) for p in PENALTIES]
     best = int(np.argmax([less(f.inner, y) for f in alone]))
-    assert fit["penalty"] == hf.PENALTIES[best] and np.allclose(fit.inner, alone[best].inner) and np.allclose(fit["weight"], alone[best]["weight"])
-    with pytest.raises(BadInput, match="metric is nan"): hf.fit_ridge(x, y, g, lambda p, t: float("nan"))
+    assert fit["penalty"] == PENALTIES[best] and np.allclose(fit.inner, alone[best].inner) and np.allclose(fit["weight"], alone[best]["weight"])
+    with pytest.raises(BadInput, match="metric is nan"): fit_ridge(x, y, g, lambda p, t: float("nan"))
 
 
 @pytest.mark.parametrize("name", ["ridge", "pls", "kernel"])
@@ -193,7 +199,7 @@ def test_blocks(name):
 def test_pls_of_one_target_is_krylov():
     "With one target, a components minimise the squared error over the space of X'y, (X'X) X'y, … (Helland 1988)."
     x, y, _ = case(); y = y[:, :1]; z = (x - x.mean(0)) / (x.std(0) + 1e-6); z = z.astype(float)
-    for a, (w, b) in zip((1, 2, 4), hf.pls_path(x, y, (1, 2, 4))):
+    for a, (w, b) in zip((1, 2, 4), pls_path(x, y, (1, 2, 4))):
         space = [z.T @ (y - y.mean())]
         for _ in range(a - 1): space.append(z.T @ (z @ space[-1]))
         k = z @ np.linalg.qr(np.concatenate(space, 1))[0]
@@ -204,7 +210,7 @@ def test_pls_of_one_target_is_krylov():
 def test_pls_runs_out_of_components():
     "More components than the features have: all of them, and no blow-up; constant features and targets are harmless."
     x, y, g = case(); x = np.concatenate([x[:, :2], x[:, :2], np.ones((60, 1), "f4")], 1); y[:, 1] = 4
-    (w2, b2), (w9, b9) = hf.pls_path(x, y, (2, 9))
+    (w2, b2), (w9, b9) = pls_path(x, y, (2, 9))
     assert np.allclose(w2, w9) and np.isfinite(w9).all() and np.allclose(x @ w9.T[:, 1] + b9[1], 4)
     a = np.concatenate([x[:, :2], np.ones((60, 1))], 1)
     np.testing.assert_allclose(x @ w9.T + b9, a @ np.linalg.lstsq(a, y, rcond=None)[0], atol=1e-4)
@@ -214,12 +220,12 @@ def test_pls_runs_out_of_components():
 def test_boost_rounds_are_prefixes():
     "The answer after ten rounds is that of an ensemble grown for ten."
     x, y, _ = case()
-    np.testing.assert_allclose(hf.boost_path(x, y, (10, 30), threads=1)[0](x), hf.boost_path(x, y, (10,), threads=1)[0](x))
+    np.testing.assert_allclose(boost_path(x, y, (10, 30), threads=1)[0](x), boost_path(x, y, (10,), threads=1)[0](x))
 
 
 def test_head_takes_views_and_any_loss():
     x, y, g = case(); views = [x, x + .01]
-    fit = hf.fit_head(views, y, g, less, (1, 3), (1e-2, 1e-9), loss=lambda p, t: (p - t).abs().mean(), head="mlp", hidden="8", device="cpu")
+    fit = fit_head(views, y, g, less, (1, 3), (1e-2, 1e-9), loss=lambda p, t: (p - t).abs().mean(), head="mlp", hidden="8", device="cpu")
     assert [tuple(s.values())[:2] for s in fit.scores] == [(1, 1e-2), (3, 1e-2), (1, 1e-9), (3, 1e-9)]
     np.testing.assert_allclose(fit.predict(views), (fit.predict(x) + fit.predict(x + .01)) / 2, rtol=1e-4)
 
@@ -227,7 +233,7 @@ def test_head_takes_views_and_any_loss():
 def test_feature_dataset_trains():
     "Coordinates reach the tail; a lone last row is left out of training; items and batches agree."
     x, y, _ = case(n=65)
-    data = hf.FeatureDataset([x, x + 1, x + 2], y, coords=np.zeros((65, 2)))
+    data = FeatureDataset([x, x + 1, x + 2], y, coords=np.zeros((65, 2)))
     assert [len(t) for _, t in data.batches(32, True)] == [32, 32] and [len(t) for _, t in data.batches(32)] == [32, 32, 1]
     inputs, target = data[7]
     assert sorted(inputs) == ["coords", "features"] and np.allclose(target, y[7]) and np.allclose(inputs["features"], data.batch([7])[0]["features"][0])
@@ -240,12 +246,12 @@ def test_tail_learns_what_the_whole_learns(name, unfreeze):
     "A step of gradient descent on the activations before the cut is the step of the whole model, and goes back into it."
     whole = encoder(name, unfreeze=unfreeze, dropout=0., fusion="product")
     image, coords, target = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8), torch.rand(6, 2), torch.randn(6, 3)
-    frozen, tail = hf.split_model(whole)
+    frozen, tail = split_model(whole)
     with torch.no_grad(): held = frozen.eval().encode(image)
     fresh = copy.deepcopy(whole)
     for m, inputs in ((whole, (image, coords)), (tail, (held, coords))):
         optimizer = torch.optim.SGD(param_groups(m), lr=.01); Loss("mse")(m.train()(*inputs), target).backward(); optimizer.step()
-    moved = hf.put_back(fresh, tail).state_dict()
+    moved = put_back(fresh, tail).state_dict()
     assert all(torch.allclose(v, moved[k], atol=1e-4) for k, v in whole.state_dict().items())
     assert sum(p.numel() for p in tail.parameters()) < sum(p.numel() for p in whole.parameters())
     assert sum(p.requires_grad for p in tail.parameters()) == sum(p.requires_grad for p in whole.parameters())
@@ -255,27 +261,27 @@ def test_tail_learns_what_the_whole_learns(name, unfreeze):
 def test_stages_are_means_of_maps(name):
     m, size = encoder(name).eval(), 160 if name == "test_vit" else 64
     image = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
-    with torch.no_grad(): one, two = hf.Stages(m, (-1,)).eval().encode(image), hf.Stages(m, (-2, -1)).eval().encode(image)
+    with torch.no_grad(): one, two = Stages(m, (-1,)).eval().encode(image), Stages(m, (-2, -1)).eval().encode(image)
     assert torch.allclose(two[:, -one.shape[1]:], one, atol=1e-5) and two.shape[1] > one.shape[1]
-    with pytest.raises(BadInput, match="the backbone has"): hf.Stages(m, (99,))
+    with pytest.raises(BadInput, match="the backbone has"): Stages(m, (99,))
 
 
 @pytest.mark.parametrize("kw, says", [(dict(unfreeze=0), "frozen whole"), (dict(unfreeze="all"), "trained whole"),
     (dict(name="test_vit", unfreeze=1), "no chain"), (dict(unfreeze=1, scales=2), "several scales")])
 def test_what_cannot_be_cut(kw, says):
-    with pytest.raises(BadInput, match=says): hf.split_model(encoder(**kw))
+    with pytest.raises(BadInput, match=says): split_model(encoder(**kw))
 
 
 def test_trainer_on_the_cache(tmp_path):
     "A tail that takes the place, trained by the trainer on augmented draws of cached activations."
     m = encoder(unfreeze=1, fusion="concat")
-    frozen, tail = hf.split_model(m)
-    A = hf.cached_features(frozen, patches(augment=Augmentation()), 3, tmp_path, device="cpu")
-    data = hf.FeatureDataset(A, np.tile([1., 2, 3], (10, 1)), np.zeros((10, 2)))
+    frozen, tail = split_model(m)
+    A = cached_features(frozen, patches(augment=Augmentation()), 3, tmp_path, device="cpu")
+    data = FeatureDataset(A, np.tile([1., 2, 3], (10, 1)), np.zeros((10, 2)))
     history = Trainer(tail, Loss("mse"), None, epochs=8, batch_size=5, lr_head=1e-2, device="cpu").fit(data)
     assert len(A) == 3 and A[0].ndim == 4 and history.loss.iloc[-1] < .5 * history.loss.iloc[0]
 
 
 def test_set_linear_refuses_other_features():
-    with pytest.raises(BadInput, match="takes 96 features"): hf.set_linear(encoder(), np.zeros((3, 5)), np.zeros(3))
-    with pytest.raises(BadInput, match="2 linear layers"): hf.set_linear(encoder(head="mlp", hidden="4"), np.zeros((3, 96)), np.zeros(3))
+    with pytest.raises(BadInput, match="takes 96 features"): set_linear(encoder(), np.zeros((3, 5)), np.zeros(3))
+    with pytest.raises(BadInput, match="2 linear layers"): set_linear(encoder(head="mlp", hidden="4"), np.zeros((3, 96)), np.zeros(3))

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from histokit.core import BadInput, read_json, write_json
-from histokit.data import DataFactory
-from histokit.demo import smoke_demo
+from histokit.core.text import BadInput
+from histokit.core.files import read_json, write_json
+from histokit.spots.slides import DataFactory
+from histokit.spots.demo import smoke_demo
 from histokit.kaggle import build_kernel, cargo, carried, check_kernel, upload_text
-from histokit.tta_smoothing import check_submission, read_submission
+from histokit.core.submission import check_submission, read_submission
 
 REPO = Path(__file__).resolve().parent.parent
 SMALL = "backbone=test_resnet.r160_in1k patch_um=200 input_px=32 epochs=2 lr_head=0.003 lr_backbone=0.003 loss=0.85*soft_spearman+0.15*mse stain_method=vahadane"
@@ -159,7 +160,7 @@ def test_internet_follows_the_weights(tmp_path):
 def test_command_line(tmp_path, monkeypatch):
     "Build, then check: 1 while it has no owner, 0 when it has one; wrong input is one line."
     from typer.testing import CliRunner
-    from histokit.pipeline import app
+    from histokit.cli import app
     cli = lambda *args: CliRunner().invoke(app, ["kernels", *map(str, args)])
     monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
     assert cli("build", tmp_path).exit_code == 0

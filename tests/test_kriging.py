@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from histokit.core import BadInput, read_json
-from histokit.data import DataFactory
-from histokit.kriging import alike_features, choose_levels, fit_field, gaussian, keep_rows, krige, krige_fold, place_features, respects, slide_distance
-from histokit.metrics import mean_spearman, spearman_columns, spearman_rows
-from histokit.pipeline import app, run_pipeline
-from histokit.tta_smoothing import check_submission, read_submission
+from histokit.core.text import BadInput
+from histokit.core.files import read_json
+from histokit.spots.slides import DataFactory
+from histokit.spots.kriging import alike_features, choose_levels, fit_field, gaussian, keep_rows, krige, krige_fold, place_features, respects, slide_distance
+from histokit.learn.scores import mean_spearman, spearman_columns, spearman_rows
+from histokit.cli import app
+from histokit.pipeline import run_pipeline
+from histokit.core.submission import check_submission, read_submission
 
 SMALL = ["backbone=test_resnet.r160_in1k", "weights=none", "input_px=32", "views=none"]
 

@@ -7,10 +7,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from histokit.core import BadInput, read_json, write_json
-from histokit.losses import Loss
-from histokit.model import (ENCODERS, backbone_stages, build_backbone, check_param_groups, check_pool, create_model, describe, load_model, param_groups, pooled, read_weights, resolve_encoder, save_model, start_at,
-    trial_step)
+from histokit.core.text import BadInput
+from histokit.core.files import read_json, write_json
+from histokit.learn.losses import Loss
+from histokit.learn.encoders import ENCODERS, backbone_stages, build_backbone, check_pool, pooled, read_weights, resolve_encoder
+from histokit.learn.networks import check_param_groups, describe, param_groups, start_at, trial_step
+from histokit.spots.network import create_model, load_model, save_model
 
 TINY = ["test_resnet", "test_efficientnet", "test_convnext", "test_byobnet", "test_mambaout", "test_nfnet", "test_vit", "test_vit_relpos", "test_maxvit", "test_coatnet"]
 
@@ -121,7 +123,7 @@ def test_save_and_load(tmp_path, fusion, head):
 
 def test_load_in_another_process(tmp_path):
     model = create_model(3, "test_resnet", "none").eval(); save_model(model, tmp_path/"m")
-    code = f"import torch; from histokit.model import load_model; m = load_model(r'{tmp_path/'m'}'); print(m(torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)).sum().item())"
+    code = f"import torch; from histokit.spots.network import load_model; m = load_model(r'{tmp_path/'m'}'); print(m(torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)).sum().item())"
     got = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert got == pytest.approx(model(torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)).sum().item(), rel=1e-4)
 
@@ -129,7 +131,7 @@ def test_load_in_another_process(tmp_path):
 def test_failed_save_leaves_the_earlier(tmp_path):
     model = create_model(3, "test_resnet", "none", "linear"); save_model(model, tmp_path/"m")
     before = (tmp_path/"m"/"model.safetensors").read_bytes()
-    with mock.patch("histokit.model.save_file", side_effect=OSError(28, "No space left")), pytest.raises(BadInput, match="disk is full"): save_model(model, tmp_path/"m")
+    with mock.patch("histokit.spots.network.save_file", side_effect=OSError(28, "No space left")), pytest.raises(BadInput, match="disk is full"): save_model(model, tmp_path/"m")
     assert (tmp_path/"m"/"model.safetensors").read_bytes() == before and len(list((tmp_path/"m").iterdir())) == 2
 
 
@@ -157,7 +159,7 @@ def test_scales(tmp_path, fusion):
 
 
 def test_scales_are_what_the_sampler_gives():
-    patches = pytest.importorskip("histokit.patches")
+    patches = pytest.importorskip("histokit.spots.patches")
     import numpy as np
     import pandas as pd
     slides = dict(A=np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
@@ -254,5 +256,5 @@ def test_start_at_the_constant():
 
 
 def test_import_is_light():
-    code = "import sys, histokit.model; print([m for m in ('matplotlib', 'torchsort', 'fastcore', 'nbdev', 'papermill', 'kaggle') if m in sys.modules])"
+    code = "import sys, histokit.spots.network; print([m for m in ('matplotlib', 'torchsort', 'fastcore', 'nbdev', 'papermill', 'kaggle') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

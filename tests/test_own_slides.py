@@ -9,11 +9,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from histokit import own_slides
-from histokit.core import BadInput
-from histokit.data import DataFactory
-from histokit.own_slides import (COLUMNS, POSITIONS, TYPES, _text, export_run, import_visium, paint_outs, physical_scale, put_element, read_h5ad_slide, read_outs, read_positions,
-                                 read_rgb, write_h5ad, write_positions)
+from histokit.spots import own_slides as own_slides_page
+from histokit.spots.h5ad import library_entry
+from histokit.core.text import BadInput
+from histokit.spots.slides import DataFactory
+from histokit.spots.spaceranger import COLUMNS, POSITIONS, PAINTED_TYPES, paint_outs, physical_scale, read_outs, read_positions, write_positions
+from histokit.core.table import as_texts
+from histokit.spots.h5ad import export_run, put_element, read_h5ad_slide, write_h5ad
+from histokit.spots.own_slides import import_visium
+from histokit.core.pictures import read_rgb
 
 
 def need(module):
@@ -28,7 +32,7 @@ def painted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("painted")
     slide = paint_outs(folder, seed=5, size=800)
     table = pd.read_csv(folder/"proportions.csv", index_col=0)
-    return folder, slide, table.set_axis(list(TYPES), axis=1)
+    return folder, slide, table.set_axis(list(PAINTED_TYPES), axis=1)
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def same_as_painted(path, painted, scale=.5, name="S_1"):
     "The file holds the painted slide: every spot within a pixel, every abundance as it was."
     factory, (_, slide, table) = DataFactory(path), painted
     spots = factory.spots[factory.spots.slide.eq(name)]
-    assert sorted(factory.cell_types) == sorted(TYPES) and len(spots) == len(slide.xy)
+    assert sorted(factory.cell_types) == sorted(PAINTED_TYPES) and len(spots) == len(slide.xy)
     near = np.abs(spots[["x", "y"]].to_numpy()[:, None] - slide.xy * scale).max(-1)
     assert (near.min(1) <= 1).all() and len(set(near.argmin(1))) == len(spots)
     with h5py.File(path) as h5: barcodes = [b.decode() for b in h5[f"barcodes/Train/{name}"]]
@@ -60,7 +64,7 @@ def test_each_version_of_the_folder(version, outs, painted, tmp_path):
     assert write_positions(outs/"outs/spatial", table, version).name == POSITIONS[3 - version]
     result = import_visium(outs/"outs", outs/"proportions.csv", tmp_path/"a.h5")
     same_as_painted(tmp_path/"a.h5", painted)
-    assert not result.warnings and result.cell_types == list(TYPES)
+    assert not result.warnings and result.cell_types == list(PAINTED_TYPES)
 
 
 def test_header_decides_not_the_name(outs, tmp_path):
@@ -244,7 +248,7 @@ def test_a_failed_import_leaves_the_file_as_it_was(painted, tmp_path, monkeypatc
         with pytest.raises(BadInput, match=message): import_visium(painted[0], table, out, append=True, **options)
     for function in ("put_slide", "DataFactory"):
         with monkeypatch.context() as m:
-            m.setattr(own_slides, function, lambda *a, **k: 1 / 0)
+            m.setattr(own_slides_page, function, lambda *a, **k: 1 / 0)
             for options in (dict(append=True), dict(overwrite=True)):
                 with pytest.raises(ZeroDivisionError): import_visium(painted[0], painted[2], out, **options)
     assert out.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.h5"]
@@ -370,16 +374,16 @@ def test_h5ad_round_trip(painted, two_slides, tmp_path):
     path, want = tmp_path/"p.h5ad", two_slides.spots[two_slides.spots.slide.eq("S_2")]
     write_h5ad(path, two_slides, two_slides.spots[two_slides.targets])
     with h5py.File(path, "a") as h5:
-        names = _text(h5["obs/_index"][()])
-        put_element(h5["obsm"], "prop", pd.DataFrame(h5["X"][()], columns=_text(h5["var/_index"][()]), index=names))
+        names = as_texts(h5["obs/_index"][()])
+        put_element(h5["obsm"], "prop", pd.DataFrame(h5["X"][()], columns=as_texts(h5["var/_index"][()]), index=names))
         put_element(h5["obsm"], "bare", h5["X"][()])
-        for j, t in enumerate(TYPES): put_element(h5["obs"], f"type {t}", h5["X"][:, j])
-        h5["obs"].attrs["column-order"] = [*h5["obs"].attrs["column-order"], *(f"type {t}" for t in TYPES)]
+        for j, t in enumerate(PAINTED_TYPES): put_element(h5["obs"], f"type {t}", h5["X"][:, j])
+        h5["obs"].attrs["column-order"] = [*h5["obs"].attrs["column-order"], *(f"type {t}" for t in PAINTED_TYPES)]
     with pytest.raises(BadInput, match="choose one with library"): import_visium(path, "prop", tmp_path/"b.h5")
     for key in ("prop", "obs:type "):
         import_visium(path, key, tmp_path/"b.h5", library="S_2", overwrite=True)
         back = DataFactory(tmp_path/"b.h5")
-        assert np.array_equal(back.spots[["x", "y", *back.targets]], want[["x", "y", *back.targets]]) and back.cell_types == list(TYPES)
+        assert np.array_equal(back.spots[["x", "y", *back.targets]], want[["x", "y", *back.targets]]) and back.cell_types == list(PAINTED_TYPES)
         assert np.array_equal(back.read_slide("S_1"), two_slides.read_slide("S_2")) and np.isclose(back.slides["S_1"].um_per_px, two_slides.slides["S_2"].um_per_px)
     for key, message in (("propp", "did you mean 'prop'"), ("bare", "without names"), ("obs:none", "no column of obs begins"), (None, "needs targets")):
         with pytest.raises(BadInput, match=message): import_visium(path, key, tmp_path/"c.h5", library="S_2")
@@ -401,7 +405,7 @@ def test_h5ad_refuses(two_slides, tmp_path):
 def test_a_large_slide_gets_a_smaller_picture(painted, tmp_path, monkeypatch):
     import_visium(painted[0], painted[2], tmp_path/"a.h5", image=painted[0]/"full_resolution.tif")
     factory = DataFactory(tmp_path/"a.h5")
-    entry = own_slides.library_entry(factory, "S_1", most=200)
+    entry = library_entry(factory, "S_1", most=200)
     assert max(entry["images"]["hires"].shape) == 200 and np.isclose(entry["scalefactors"]["tissue_hires_scalef"], 200 / 800, rtol=.02)
     assert np.isclose(entry["scalefactors"]["spot_diameter_fullres"] * factory.slides["S_1"].um_per_px, 55)
 
@@ -410,18 +414,18 @@ def test_anndata_reads_what_is_written_and_writes_what_is_read(two_slides, tmp_p
     anndata = need("anndata")
     values = np.random.default_rng(0).random((len(two_slides.spots), 8))
     a = anndata.read_h5ad(write_h5ad(tmp_path/"a.h5ad", two_slides, values))
-    assert np.array_equal(a.X, values) and list(a.var_names) == list(TYPES) and list(a.uns["spatial"]) == ["S_1", "S_2"]
+    assert np.array_equal(a.X, values) and list(a.var_names) == list(PAINTED_TYPES) and list(a.uns["spatial"]) == ["S_1", "S_2"]
     assert np.array_equal(a.obsm["spatial"], two_slides.spots[["x", "y"]]) and np.array_equal(a.layers["abundance"], two_slides.spots[two_slides.targets])
     assert a.obs_names.is_unique and str(a.obs.library_id.dtype) == "category" and a.obs_names[0].startswith("S_1_") and a.obs_names[0].endswith("-1")
     assert np.array_equal(a.uns["spatial"]["S_1"]["images"]["hires"], two_slides.read_slide("S_1")) and a.uns["spatial"]["S_1"]["scalefactors"]["tissue_hires_scalef"] == 1
-    a.obsm["q05_cell_abundance_w_sf"] = pd.DataFrame(a.X, index=a.obs_names, columns=[f"q05cell_abundance_w_sf_{t}" for t in TYPES])
-    a.obsm["means"], a.uns["mod"] = a.X, dict(factor_names=np.array(TYPES))
-    for j, t in enumerate(TYPES): a.obs[f"q05cell_abundance_w_sf_{t}"] = values[:, j]
+    a.obsm["q05_cell_abundance_w_sf"] = pd.DataFrame(a.X, index=a.obs_names, columns=[f"q05cell_abundance_w_sf_{t}" for t in PAINTED_TYPES])
+    a.obsm["means"], a.uns["mod"] = a.X, dict(factor_names=np.array(PAINTED_TYPES))
+    for j, t in enumerate(PAINTED_TYPES): a.obs[f"q05cell_abundance_w_sf_{t}"] = values[:, j]
     a.write_h5ad(tmp_path/"b.h5ad")
     for key in ("q05_cell_abundance_w_sf", "means", "obs"):
         import_visium(tmp_path/"b.h5ad", key, tmp_path/"b.h5", library="S_1", overwrite=True)
         b = DataFactory(tmp_path/"b.h5")
-        assert np.allclose(b.spots[b.targets], values[:len(values) // 2]) and b.cell_types == list(TYPES)
+        assert np.allclose(b.spots[b.targets], values[:len(values) // 2]) and b.cell_types == list(PAINTED_TYPES)
 
 
 def test_export_of_a_run(demo_file, tmp_path):
@@ -437,8 +441,8 @@ def test_export_of_a_run(demo_file, tmp_path):
     with h5py.File(tmp_path/"a.h5ad") as h5:
         order = factory.spots.split.eq("Test").to_numpy()
         assert np.allclose(h5["X"][~order], train[factory.targets]) and np.allclose(h5["X"][order, 0], np.arange(len(test)) + .5)
-        assert set(_text(h5["obs/predicted"][()])) == {"submission", "out of fold"} and set(h5["uns/spatial"]) == set(factory.slides)
-    from histokit.explore import Look
-    assert Look(run).kinds == ("truth", "prediction", "difference") and np.isfinite(Look(run).predicted).all()
+        assert set(as_texts(h5["obs/predicted"][()])) == {"submission", "out of fold"} and set(h5["uns/spatial"]) == set(factory.slides)
+    from histokit.spots.explore import Scene
+    assert Scene(run).kinds == ("truth", "prediction", "difference") and np.isfinite(Scene(run).predicted).all()
     (run/"oof.parquet").unlink(); export_run(run, tmp_path/"b.h5ad")
     with h5py.File(tmp_path/"b.h5ad") as h5: assert list(h5["uns/spatial"]) == factory.names("Test")

@@ -10,10 +10,14 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from histokit.core import BadInput
-from histokit.data import SlideCache, cut_patch, mirror
-from histokit.patches import Atlas, Augmentation, PatchDataset, PatchSampler, TileCache, aim, colour_mix, fold, halve, pack_rgb, sample_torch, unpack_rgb
-from histokit.train import Trainer, dihedral
+from histokit.core.text import BadInput
+from histokit.spots.cache import SlideCache
+from histokit.spots.patches import cut_patch, mirror
+from histokit.spots.sampling import Atlas, aim, colour_mix, fold, halve, pack_rgb, sample_torch, unpack_rgb
+from histokit.spots.patches import Augmentation, PatchDataset, PatchSampler
+from histokit.spots.cache import TileCache
+from histokit.learn.trainer import Trainer
+from histokit.learn.views import dihedral
 
 ENGINES = ["numpy", pytest.param("numba", marks=pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="numba is not installed"))]
 RNG = np.random.default_rng(0)

@@ -7,9 +7,13 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from histokit import pictures as hp
-from histokit import stain as hs
-from histokit.core import BadInput
+from histokit.core.pictures import Picture, _half, _read_piece, as_picture, as_rgb, open_picture, read_picture, write_picture
+from histokit.stain import stain_image_file, stain_picture
+from histokit.tissue.measure import METHODS
+from histokit.tissue.normalise import StainNormalizer
+from histokit.core import pictures as pages
+from histokit.core.pictures import as_uint8
+from histokit.core.text import BadInput
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -69,16 +73,16 @@ def only(folder):
 @pytest.mark.parametrize("kind", TIFFS)
 def test_windows_are_those_of_the_picture(tmp_path, kind):
     image, how = TIFFS[kind]
-    with hp.open_picture(save(tmp_path/"a.tif", image, **how)) as picture:
+    with open_picture(save(tmp_path/"a.tif", image, **how)) as picture:
         assert picture.shape == image.shape and picture.dtype == image.dtype and picture.chunks != (512, 512)
         for a, b, c, d in WINDOWS: assert np.array_equal(picture[a:b, c:d], image[a:b, c:d]), (a, b, c, d)
         assert np.array_equal(picture[3:90:7, 2:150:5], image[3:90:7, 2:150:5])
 
 
 def test_window_unpacks_only_what_it_touches(tmp_path, monkeypatch):
-    asked, read = [], hp._read_piece
-    monkeypatch.setattr(hp, "_read_piece", lambda page, cut, i: asked.append(i) or read(page, cut, i))
-    with hp.open_picture(save(tmp_path/"a.tif", OTHER, tile=(32, 32), **ZIP)) as picture:
+    asked, read = [], _read_piece
+    monkeypatch.setattr(pages, "_read_piece", lambda page, cut, i: asked.append(i) or read(page, cut, i))
+    with open_picture(save(tmp_path/"a.tif", OTHER, tile=(32, 32), **ZIP)) as picture:
         assert not asked
         picture[33:60, 65:100]; picture[40:50, 70:80]
     assert asked == [8, 9]
@@ -91,7 +95,7 @@ def test_level_0_of_a_pyramid(tmp_path, subifds):
         file.write(OTHER, subifds=2 if subifds else 0, description="Aperio Fake |MPP = 0.25", **how)
         for k in (2, 4): file.write(OTHER[::k, ::k], subfiletype=1, **how)
         file.write(SLIDE[:20, :20])                                  # a label
-    with hp.open_picture(tmp_path/"p.tif") as picture:
+    with open_picture(tmp_path/"p.tif") as picture:
         assert picture.pyramid and picture.um_per_px == (.25, .25) and np.array_equal(picture[:, :], OTHER)
 
 
@@ -99,20 +103,20 @@ def test_um_per_px_as_written(tmp_path):
     ome = dict(ome=True, metadata=dict(axes="YXS", PhysicalSizeX=.5, PhysicalSizeXUnit="µm", PhysicalSizeY=.25, PhysicalSizeYUnit="µm"))
     cm, inch = (dict(resolution=(n, n / 2), resolutionunit=unit) for n, unit in ((10000, "CENTIMETER"), (25400, "INCH")))
     for how, expected in ((cm, (1, 2)), (inch, (1, 2)), ({}, None), (ome, (.5, .25))):
-        with hp.open_picture(save(tmp_path/"a.tif", OTHER, **how)) as picture: assert picture.um_per_px == (expected and pytest.approx(expected))
+        with open_picture(save(tmp_path/"a.tif", OTHER, **how)) as picture: assert picture.um_per_px == (expected and pytest.approx(expected))
 
 
 def test_colours_are_as_they_are_seen(tmp_path):
     save(tmp_path/"white_is_zero.tif", 255 - GREY, photometric="miniswhite", tile=(32, 32))
-    assert np.array_equal(hp.read_picture(tmp_path/"white_is_zero.tif"), GREY)
+    assert np.array_equal(read_picture(tmp_path/"white_is_zero.tif"), GREY)
     save(tmp_path/"no_alpha.tif", ALPHA, extrasamples=["unspecified"])
-    assert np.array_equal(hp.read_picture(tmp_path/"no_alpha.tif"), OTHER)
+    assert np.array_equal(read_picture(tmp_path/"no_alpha.tif"), OTHER)
     half = np.dstack([OTHER // 2, np.full(OTHER.shape[:2], 128, np.uint8)])
     save(tmp_path/"multiplied.tif", half, extrasamples=["assocalpha"])
-    assert np.abs(hp.read_picture(tmp_path/"multiplied.tif")[..., :3].astype(int) - OTHER).max() <= 2
+    assert np.abs(read_picture(tmp_path/"multiplied.tif")[..., :3].astype(int) - OTHER).max() <= 2
     sparse = (OTHER[:64, :64], None)
     tifffile.imwrite(tmp_path/"sparse.tif", iter(sparse), shape=(64, 128, 3), dtype=np.uint8, tile=(64, 64), photometric="rgb")
-    got = hp.read_picture(tmp_path/"sparse.tif")
+    got = read_picture(tmp_path/"sparse.tif")
     assert (got[:, 64:] == 255).all() and np.array_equal(got[:, :64], OTHER[:64, :64])
 
 
@@ -120,33 +124,33 @@ def test_colours_are_as_they_are_seen(tmp_path):
 def test_what_pillow_writes(tmp_path, mode, compression):
     Image.fromarray(OTHER).convert(mode).save(tmp_path/"a.tif", compression=compression)
     expected = np.array(Image.open(tmp_path/"a.tif").convert("RGB")).astype(int)
-    assert np.abs(hp.read_picture(tmp_path/"a.tif") - expected).max() <= 1
+    assert np.abs(read_picture(tmp_path/"a.tif") - expected).max() <= 1
 
 
 def test_too_large_to_be_read_whole_says_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(hp, "_WHOLE", 1000)
+    monkeypatch.setattr(pages, "_WHOLE", 1000)
     Image.fromarray(OTHER).convert("CMYK").save(tmp_path/"inks.tif")
     words = r"too large to be read whole \(161 x 187 pixels\).*SEPARATED, 4 x 8 bits.*save it as RGB"
-    with pytest.raises(BadInput, match=words): hp.open_picture(tmp_path/"inks.tif")
+    with pytest.raises(BadInput, match=words): open_picture(tmp_path/"inks.tif")
     save(tmp_path/"one.tif", OTHER, rowsperstrip=187, compression="zlib")
-    with pytest.raises(BadInput, match="in one piece; save it in tiles"): hp.open_picture(tmp_path/"one.tif")
+    with pytest.raises(BadInput, match="in one piece; save it in tiles"): open_picture(tmp_path/"one.tif")
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(BadInput, match="pip install tifffile"): hp.open_picture(tmp_path/"one.tif")
+    with pytest.raises(BadInput, match="pip install tifffile"): open_picture(tmp_path/"one.tif")
 
 
 def test_missing_codec_is_named(tmp_path, monkeypatch):
     Image.fromarray(OTHER).save(tmp_path/"lzw.tif", compression="tiff_lzw")
     monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", {1: None, 8: None})
-    assert np.array_equal(hp.read_picture(tmp_path/"lzw.tif"), OTHER)            # small: Pillow knows it
-    monkeypatch.setattr(hp, "_WHOLE", 1000)
-    with pytest.raises(BadInput, match=r"compression \(LZW\).*pip install imagecodecs"): hp.open_picture(tmp_path/"lzw.tif")
+    assert np.array_equal(read_picture(tmp_path/"lzw.tif"), OTHER)            # small: Pillow knows it
+    monkeypatch.setattr(pages, "_WHOLE", 1000)
+    with pytest.raises(BadInput, match=r"compression \(LZW\).*pip install imagecodecs"): open_picture(tmp_path/"lzw.tif")
 
 
 def test_without_tifffile(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    hp.write_picture(tmp_path/"a.tif", OTHER)
-    assert np.array_equal(hp.read_picture(tmp_path/"a.tif"), OTHER)
-    with pytest.raises(BadInput, match="pip install tifffile"): hp.write_picture(tmp_path/"deep.tif", DEEP)
+    write_picture(tmp_path/"a.tif", OTHER)
+    assert np.array_equal(read_picture(tmp_path/"a.tif"), OTHER)
+    with pytest.raises(BadInput, match="pip install tifffile"): write_picture(tmp_path/"deep.tif", DEEP)
     assert only(tmp_path) == ["a.tif"]
 
 
@@ -155,23 +159,23 @@ def test_without_tifffile(tmp_path, monkeypatch):
 @pytest.mark.parametrize("image", [OTHER, GREY, ALPHA, DEEP], ids=["rgb", "grey", "alpha", "deep"])
 @pytest.mark.parametrize("big", [False, True])
 def test_written_tiff_is_read_again(tmp_path, monkeypatch, image, big):
-    if big: monkeypatch.setattr(hp, "_BIG", 0)
-    hp.write_picture(tmp_path/"a.tif", hp.as_picture(image, um_per_px=(.25, .5), pyramid=True), tile=32)
-    with hp.open_picture(tmp_path/"a.tif") as picture:
+    if big: monkeypatch.setattr(pages, "_BIG", 0)
+    write_picture(tmp_path/"a.tif", as_picture(image, um_per_px=(.25, .5), pyramid=True), tile=32)
+    with open_picture(tmp_path/"a.tif") as picture:
         assert picture.um_per_px == pytest.approx((.25, .5)) and picture.pyramid and picture.chunks == (32, 32) and np.array_equal(picture[:, :], image)
     with tifffile.TiffFile(tmp_path/"a.tif") as file:
         levels = file.series[0].levels
         assert file.is_bigtiff == big and [v.shape[:2] for v in levels] == [(187, 161), (94, 81), (47, 41), (24, 21)]
-        assert levels[1].pages[0].get_resolution() == pytest.approx((20000, 10000)) and np.array_equal(levels[1].asarray(), hp._half(image))
+        assert levels[1].pages[0].get_resolution() == pytest.approx((20000, 10000)) and np.array_equal(levels[1].asarray(), _half(image))
     if image is not DEEP: assert np.array_equal(np.array(Image.open(tmp_path/"a.tif")), image)     # others read it, too
 
 
 @pytest.mark.parametrize("suffix,near", [(".png", 0), (".jpg", 8)])
 def test_other_formats(tmp_path, suffix, near):
     for image in (OTHER, GREY, ALPHA, DEEP):
-        hp.write_picture(tmp_path/f"a{suffix}", image)
-        expected = hp.as_uint8(image) if suffix == ".png" or image is not ALPHA else hs.as_rgb(image)
-        got = hp.read_picture(tmp_path/f"a{suffix}")
+        write_picture(tmp_path/f"a{suffix}", image)
+        expected = as_uint8(image) if suffix == ".png" or image is not ALPHA else as_rgb(image)
+        got = read_picture(tmp_path/f"a{suffix}")
         assert got.shape == expected.shape and np.abs(got.astype(int) - expected).mean() <= near / 4
 
 
@@ -179,58 +183,58 @@ def test_other_formats(tmp_path, suffix, near):
 def test_jpeg_in_tiff_stays_jpeg(tmp_path, image):
     pytest.importorskip("imagecodecs")
     Image.fromarray(image).save(tmp_path/"a.tif", compression="jpeg", quality=95)
-    with hp.open_picture(tmp_path/"a.tif") as picture:
+    with open_picture(tmp_path/"a.tif") as picture:
         assert picture.compression == "jpeg"
-        hp.write_picture(tmp_path/"b.tif", hp.as_picture(picture, pyramid=True), tile=64)
+        write_picture(tmp_path/"b.tif", as_picture(picture, pyramid=True), tile=64)
         expected = picture[:, :].astype(int)
-    for got in (hp.read_picture(tmp_path/"b.tif"), np.array(Image.open(tmp_path/"b.tif"))):
+    for got in (read_picture(tmp_path/"b.tif"), np.array(Image.open(tmp_path/"b.tif"))):
         assert np.abs(got - expected).mean() < 1.5
     assert tifffile.TiffFile(tmp_path/"b.tif").pages[0].compression == 7
 
 
 def test_jpeg_without_its_codec(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    with pytest.raises(BadInput, match="pip install imagecodecs"): hp.write_picture(tmp_path/"a.tif", hp.as_picture(OTHER, compression="jpeg"))
+    with pytest.raises(BadInput, match="pip install imagecodecs"): write_picture(tmp_path/"a.tif", as_picture(OTHER, compression="jpeg"))
     assert not only(tmp_path)
 
 
 # stain, from file to file
 
-@pytest.mark.parametrize("method", hs.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_tile_by_tile_is_the_whole(tmp_path, method):
-    normaliser = hs.StainNormalizer(method).fit(SLIDE)
+    normaliser = StainNormalizer(method).fit(SLIDE)
     save(tmp_path/"a.tif", OTHER, tile=(48, 32), **ZIP)
-    report = hs.stain_picture(normaliser, tmp_path/"a.tif", tmp_path/"b.tif", tile=48)
-    assert report["done"] and np.array_equal(hp.read_picture(tmp_path/"b.tif"), normaliser.transform(OTHER))
+    report = stain_picture(normaliser, tmp_path/"a.tif", tmp_path/"b.tif", tile=48)
+    assert report["done"] and np.array_equal(read_picture(tmp_path/"b.tif"), normaliser.transform(OTHER))
 
 
 @pytest.mark.parametrize("image", [GREY, ALPHA, DEEP, np.full((90, 70, 3), 240, np.uint8)], ids=["grey", "alpha", "deep", "glass"])
 def test_stain_of_every_kind(tmp_path, image):
-    normaliser = hs.StainNormalizer().fit(SLIDE)
+    normaliser = StainNormalizer().fit(SLIDE)
     save(tmp_path/"a.tif", image, **(dict(extrasamples=["unassalpha"]) if image is ALPHA else {}))
-    report = hs.stain_picture(normaliser, tmp_path/"a.tif", tmp_path/"b.tif", tile=32)
-    got, expected = hp.read_picture(tmp_path/"b.tif"), normaliser.transform(image)
+    report = stain_picture(normaliser, tmp_path/"a.tif", tmp_path/"b.tif", tile=32)
+    got, expected = read_picture(tmp_path/"b.tif"), normaliser.transform(image)
     assert report["done"] == (image is ALPHA or image is DEEP) == (not report["reason"]) and np.array_equal(got, expected)
     if not report["done"]: assert np.array_equal(got, image)
 
 
 def test_saved_normaliser_as_reference(tmp_path):
-    normaliser = hs.StainNormalizer("macenko").fit(SLIDE); normaliser.to_json(tmp_path/"ref.json")
-    hp.write_picture(tmp_path/"a.png", OTHER)
-    assert hs.stain_image_file(tmp_path/"a.png", tmp_path/"ref.json", tmp_path/"b.png")["done"]
-    assert np.array_equal(hp.read_picture(tmp_path/"b.png"), normaliser.transform(OTHER))
+    normaliser = StainNormalizer("macenko").fit(SLIDE); normaliser.to_json(tmp_path/"ref.json")
+    write_picture(tmp_path/"a.png", OTHER)
+    assert stain_image_file(tmp_path/"a.png", tmp_path/"ref.json", tmp_path/"b.png")["done"]
+    assert np.array_equal(read_picture(tmp_path/"b.png"), normaliser.transform(OTHER))
 
 
 def test_folder(tmp_path):
-    for name in ("one.png", "two.tif"): hp.write_picture(tmp_path/"in"/name, OTHER)
+    for name in ("one.png", "two.tif"): write_picture(tmp_path/"in"/name, OTHER)
     for name in ("bad.jpg", "notes.txt"): (tmp_path/"in"/name).write_text("no picture")
-    hp.write_picture(tmp_path/"ref.png", SLIDE)
+    write_picture(tmp_path/"ref.png", SLIDE)
     save(tmp_path/"in"/"scan.svs", OTHER, tile=(32, 32), **ZIP)
-    reports = hs.stain_image_file(tmp_path/"in", tmp_path/"ref.png", tmp_path/"out")
+    reports = stain_image_file(tmp_path/"in", tmp_path/"ref.png", tmp_path/"out")
     assert only(tmp_path/"out") == ["one.png", "scan.svs.tif", "two.tif"]
     assert {k: r["written"] for k, r in reports.items()} == {"bad.jpg": False, "one.png": True, "scan.svs": True, "two.tif": True}
     assert "cannot be read as a picture" in reports["bad.jpg"]["reason"]
-    with pytest.raises(BadInput, match="choose another folder"): hs.stain_image_file(tmp_path/"in", tmp_path/"ref.png", tmp_path/"in")
+    with pytest.raises(BadInput, match="choose another folder"): stain_image_file(tmp_path/"in", tmp_path/"ref.png", tmp_path/"in")
 
 
 NONE = "cannot be read as a picture"
@@ -241,7 +245,7 @@ BAD = {"text.tif": NONE, "half.png": NONE, "headless.tif": NONE, "half.tif": "cu
 def bad_pictures(tmp_path):
     "A folder with every picture of `BAD`, and a good one."
     whole = save(tmp_path/"whole.tif", OTHER, tile=(32, 32), **ZIP).read_bytes()
-    png = hp.write_picture(tmp_path/"ref.png", SLIDE).read_bytes()
+    png = write_picture(tmp_path/"ref.png", SLIDE).read_bytes()
     torn = whole[:-9000] + bytes(9000)
     content = {"half.tif": whole[:-5000], "headless.tif": whole[:60], "torn.tif": torn, "text.tif": b"no picture", "half.png": png[:9000]}
     for name, data in content.items(): (tmp_path/name).write_bytes(data)
@@ -254,7 +258,7 @@ def bad_pictures(tmp_path):
 def test_bad_pictures(bad_pictures, caplog, name, role):
     out = bad_pictures/"out"/"out.tif"; out.parent.mkdir(); out.write_text("earlier")
     paths = [bad_pictures/name, bad_pictures/"ref.png"]
-    with pytest.raises(BadInput, match=BAD[name]) as e: hs.stain_image_file(*paths[::1 if role == "picture" else -1], out)
+    with pytest.raises(BadInput, match=BAD[name]) as e: stain_image_file(*paths[::1 if role == "picture" else -1], out)
     assert len(str(e.value).splitlines()) == 1 and str(paths[0]) in str(e.value) and not caplog.records
     assert out.read_text() == "earlier" and only(out.parent) == ["out.tif"]
 
@@ -264,13 +268,13 @@ RESULTS = {"a.gif": KIND, "a.h5": KIND, "folder.tif": "it is a folder", "file/a.
 
 @pytest.mark.parametrize("out", RESULTS)
 def test_bad_results(tmp_path, out):
-    hp.write_picture(tmp_path/"in.tif", OTHER); (tmp_path/"folder.tif").mkdir(); (tmp_path/"file").write_text("")
-    with pytest.raises(BadInput, match=RESULTS[out]) as e: hs.stain_image_file(tmp_path/"in.tif", tmp_path/"in.tif", tmp_path/out)
+    write_picture(tmp_path/"in.tif", OTHER); (tmp_path/"folder.tif").mkdir(); (tmp_path/"file").write_text("")
+    with pytest.raises(BadInput, match=RESULTS[out]) as e: stain_image_file(tmp_path/"in.tif", tmp_path/"in.tif", tmp_path/out)
     assert len(str(e.value).splitlines()) == 1 and only(tmp_path) == ["file", "folder.tif", "in.tif"]
 
 
 def test_slides_do_not_become_a_picture(tmp_path, demo_file):
-    with pytest.raises(BadInput, match="format of the result"): hs.stain_image_file(demo_file, "", tmp_path/"a.png")
+    with pytest.raises(BadInput, match="format of the result"): stain_image_file(demo_file, "", tmp_path/"a.png")
     assert not only(tmp_path)
 
 
@@ -279,7 +283,7 @@ def test_disk_that_fills_up_leaves_the_earlier_result(tmp_path):
     def read(ys, xs):
         if ys.start: raise OSError(28, "No space left on device")
         return OTHER[:64, :64]
-    with pytest.raises(BadInput, match="the disk is full"): hp.write_picture(tmp_path/"a.tif", hp.Picture((128, 64, 3), np.dtype(np.uint8), read), tile=64)
+    with pytest.raises(BadInput, match="the disk is full"): write_picture(tmp_path/"a.tif", Picture((128, 64, 3), np.dtype(np.uint8), read), tile=64)
     assert (tmp_path/"a.tif").read_text() == "earlier" and only(tmp_path) == ["a.tif"]
 
 
@@ -287,9 +291,9 @@ def test_memory_does_not_grow_with_the_slide(tmp_path):
     sides, block = (2560, 4000), OTHER[20:180, :160]
     for side in sides:
         row = np.tile(block, (1, side // 160, 1))
-        slide = hp.Picture((side, side, 3), block.dtype, lambda ys, xs, row=row: row[np.arange(ys.start, ys.stop) % 160][:, xs], pyramid=True)
-        hp.write_picture(tmp_path/f"{side}.tif", slide)
-    hp.write_picture(tmp_path/"ref.png", SLIDE)
+        slide = Picture((side, side, 3), block.dtype, lambda ys, xs, row=row: row[np.arange(ys.start, ys.stop) % 160][:, xs], pyramid=True)
+        write_picture(tmp_path/f"{side}.tif", slide)
+    write_picture(tmp_path/"ref.png", SLIDE)
     code = f"""
 import resource, sys
 from histokit.stain import stain_image_file
@@ -299,9 +303,9 @@ for side in {sides}:
     peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 2**20))
 print(peak[1] - peak[0])
 """
-    env = {**os.environ, "PYTHONPATH": str(Path(hp.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(pages.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     more = 3 * (sides[1]**2 - sides[0]**2) / 2**20
     assert float(done.stdout) < more / 2, f"{done.stdout} MB of memory for {more:.0f} MB more of pixels"
-    with hp.open_picture(tmp_path/"out_4000.tif") as out: assert out.shape == slide.shape and out.pyramid
+    with open_picture(tmp_path/"out_4000.tif") as out: assert out.shape == slide.shape and out.pyramid

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from conftest import SMOKE
 
-from histokit.data import DataFactory
+from histokit.spots.slides import DataFactory
 from histokit.pipeline import STAGES, run_pipeline
-from histokit.tta_smoothing import check_submission
+from histokit.core.submission import check_submission
 
 ROOT = Path(__file__).resolve().parent.parent
 CLI = [sys.executable, "-c", "from histokit.pipeline import main; main()"]
@@ -73,13 +73,13 @@ def test_killed_run_leaves_nothing_half_and_carries_on(demo_file, tmp_path):
 
 
 def test_two_runs_keep_out_of_one_folder(tmp_path, demo_file):
-    from histokit.core import BadInput
-    from histokit.pipeline import run_lock
+    from histokit.core.text import BadInput
+    from histokit.core.runs import run_lock
     with run_lock(tmp_path), pytest.raises(BadInput, match="another run is at work"): run_pipeline("demo", [f"data_path={demo_file}"], tmp_path)
 
 
 def test_score_and_validate(finished_run, demo_file):
-    from histokit.demo import demo_paths
+    from histokit.spots.demo import demo_paths
     cli = lambda *a: subprocess.run([*CLI, *map(str, a)], capture_output=True, text=True)
     valid = cli("validate", finished_run/"submission.csv", "--data", demo_file)
     assert valid.returncode == 0 and "is valid" in valid.stdout

@@ -4,10 +4,13 @@ import json
 import numpy as np
 import pytest
 
-from histokit import demo
-from histokit.core import BadInput
-from histokit.demo import fiducials, lattice, make_slide, stamp
-from histokit.register import Registration, fit_lattice, register, show_registration
+from histokit.spots import painting
+from histokit.spots.painting import geometry
+from histokit.core.text import BadInput
+from histokit.spots.painting import fiducials, visium_lattice, stamp
+from histokit.spots.demo import make_slide
+from histokit.spots.register import Registration, register, show_registration
+from histokit.spots.frame import fit_lattice
 
 
 def moved(true, scale, shift): return np.round((true - shift)/scale)
@@ -33,7 +36,7 @@ def given(slide): return moved(slide.xy, .94, [40, -60])
 
 def unframed(seed, size, um, coverage, monkeypatch):
     "A slide whose frame was never printed."
-    monkeypatch.setattr(demo, "fiducials", lambda geo: np.array([[-999., -999.]]))
+    monkeypatch.setattr(painting, "fiducials", lambda geo: np.array([[-999., -999.]]))
     return make_slide(seed, size, um, coverage)
 
 
@@ -93,7 +96,7 @@ def test_frames_printed_otherwise(radius, distance, monkeypatch):
 
 def test_rows_at_the_exact_hexagonal_distance(monkeypatch):
     "The same frame, with rows 86.6 and not 87 µm apart, as the given spots tell."
-    monkeypatch.setattr(demo, "_ROW", 75**.5*10); monkeypatch.setattr(demo, "_MARGIN", np.array([537.5, (7540 - 77*75**.5*10)/2]))
+    monkeypatch.setattr(painting, "VISIUM_ROW_UM", 75**.5*10); monkeypatch.setattr(painting, "VISIUM_MARGIN_UM", np.array([537.5, (7540 - 77*75**.5*10)/2]))
     s = make_slide(4, 2000, 4., .3); given = moved(s.xy, .93, [9, -40]); r = sane(register(s.image, given))
     assert r.confident and error(r, given, s) < .03
 
@@ -141,7 +144,7 @@ def test_inputs_are_left_alone(slide, given):
 
 def test_lattice_of_every_demo_array():
     for size, um in ((480, 5.), (900, 4.), (2000, 4.)):
-        geo = demo.geometry(np.random.default_rng(size), size, um); xy = lattice(geo).round(); found = fit_lattice(np.random.default_rng(0).permutation(xy))
+        geo = geometry(np.random.default_rng(size), size, um); xy = visium_lattice(geo).round(); found = fit_lattice(np.random.default_rng(0).permutation(xy))
         assert found.kind == "hex" and abs(found.pitch*geo.um/100 - 1) < 2e-3 and found.rms < .5 and abs(found.angle - geo.angle) < 2e-3
         assert len(np.unique(found.index, axis=0)) == len(xy) and len(fiducials(geo)) > 40
 

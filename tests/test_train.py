@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from histokit.core import BadInput, seed_everything
-from histokit.train import Cutter, Trainer, has_batch_norm, launch, open_accelerator, pick_precision, predict, seed_step
+from histokit.core.text import BadInput
+from histokit.core.compute import seed_everything
+from histokit.learn.trainer import Cutter, Trainer, has_batch_norm, seed_step
+from histokit.learn.devices import launch, open_accelerator, pick_precision
+from histokit.learn.batches import predict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +76,7 @@ def long_run(folder):
 
 def test_killed_at_random_times_it_ends_with_the_same_bits(tmp_path):
     "SIGKILL, again and again, at moments of its training that nobody chose; then let run."
-    spawn = multiprocessing.get_context("forkserver"); spawn.set_forkserver_preload(["histokit.train", "accelerate"])
+    spawn = multiprocessing.get_context("forkserver"); spawn.set_forkserver_preload(["histokit.learn.trainer", "accelerate"])
     def start(folder):
         folder.mkdir(exist_ok=True); (folder/"begun").unlink(missing_ok=True)
         child = spawn.Process(target=long_run, args=(str(folder),)); child.start()
@@ -249,7 +252,7 @@ def test_an_overflow_of_float16_is_skipped_unless_it_lasts(monkeypatch, broken):
         accelerator, device = open_accelerator(device, amp)
         accelerator.state._mixed_precision, accelerator.native_amp, accelerator.scaler = "fp16", True, torch.amp.GradScaler("cpu", init_scale=256.)
         return accelerator, device
-    monkeypatch.setattr("histokit.train.open_accelerator", half_on_cpu)
+    monkeypatch.setattr("histokit.learn.trainer.open_accelerator", half_on_cpu)
     calls, before = iter(range(99)), []
     def loss(p, y):
         before.append(t.model.net[0].weight.detach().clone())

@@ -75,7 +75,7 @@ def head_times(quick):
 
 def disk(folder):
     "Bytes of a cached view against the same numbers in single precision."
-    for file in sorted(folder.glob("*/view0.npy")):
+    for file in sorted(folder.glob("*/view_identity.npy")):
         x = np.load(file, mmap_mode="r")
         size = file.stat().st_size
         print(f"on disk, {'x'.join(map(str, x.shape)):>18} {x.dtype}: {size / 1e6:8.2f} MB, {size / (4 * x.size):.3f} of single precision")

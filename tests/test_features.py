@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from histokit.frozen.features import cached_features, code_identity, feature_key, list_features, view_numbers
+from histokit.frozen.features import cached_features, code_identity, feature_key, list_features, view_list
 from histokit.frozen.heads import PENALTIES, boost_path, fit_boost, fit_kernel, fit_pls, fit_ridge, pls_path, set_linear
 from histokit.frozen.network_head import FeatureDataset, fit_head
 from histokit.frozen.parts import Stages
@@ -109,7 +109,7 @@ class Counting(torch.nn.Module):
 def test_killed_run_goes_on(tmp_path):
     run = lambda e, views="dihedral": cached_features(e, patches(), views, tmp_path, batch_size=5, device="cpu")
     with pytest.raises(KeyboardInterrupt): run(Counting(dies=6))                        # two views of two batches each, and half of the third
-    assert sorted(p.name for p in tmp_path.glob("*/*")) == ["view0.json", "view0.npy", "view1.json", "view1.npy"]
+    assert sorted(p.name for p in tmp_path.glob("*/*")) == [f"view_{v}.{s}" for v in ("identity", "rot90") for s in ("json", "npy")]
     again = Counting(); assert len(run(again)) == 8 and again.calls == 12
     none = Counting(); run(none); run(none, "flips"); assert none.calls == 0
 
@@ -121,7 +121,7 @@ def test_killed_run_goes_on(tmp_path):
     (lambda f: f.with_suffix(".json").write_text('{"identity": {}}'), "something else")])
 def test_damage_is_said_and_mended(tmp_path, spoil, says):
     said, run = [], lambda: np.array(cached_features(Counting(), patches(), "none", tmp_path, device="cpu", log=said.append)[0])
-    before = run(); spoil(next(tmp_path.glob("*/view0.npy")))
+    before = run(); spoil(next(tmp_path.glob("*/view_identity.npy")))
     assert np.array_equal(run(), before) and len(said) == 1 and says in said[0]
     assert np.array_equal(run(), before) and len(said) == 1
 
@@ -136,7 +136,7 @@ def test_what_half_precision_cannot_hold(tmp_path):
         said, e = [], Times(times, plus)
         folder = tmp_path/f"{times} {plus}"
         f, = cached_features(e, patches(), "none", folder, device="cpu", log=said.append)
-        assert f.dtype == kind == read_json(next(folder.glob("*/view0.json")))["dtype"]
+        assert f.dtype == kind == read_json(next(folder.glob("*/view_identity.json")))["dtype"]
         np.testing.assert_allclose(f, exact * np.float32(times) + np.float32(plus), rtol=2e-3); assert len(said) == (kind == "float32")
     with pytest.raises(BadInput, match="not finite"): cached_features(Times(float("nan")), patches(), "none", tmp_path/"n", device="cpu")
     assert [p for p in (tmp_path/"n").rglob("*") if p.is_file()] == []
@@ -144,7 +144,7 @@ def test_what_half_precision_cannot_hold(tmp_path):
 
 def test_several_scales(tmp_path):
     m, data = encoder(scales=2), patches(sizes=(32, 64))
-    f = cached_features(m, data, [5], tmp_path, device="cpu")[0]
+    f = cached_features(m, data, ["mirror_rot90"], tmp_path, device="cpu")[0]
     images = {k: torch.rot90(v.flip(-1), 1, (-2, -1)) for k, v in data.batch(range(10))[0].items() if k != "coords"}
     with torch.no_grad(): np.testing.assert_allclose(f, m.eval().encode(**images).numpy(), atol=2e-3)
     assert cached_features(Stages(m), data, "none", tmp_path, device="cpu")[0].shape == (10, 2 * (48 + 192))
@@ -152,7 +152,9 @@ def test_several_scales(tmp_path):
 
 @pytest.mark.parametrize("views", ["all", [8], [], [1, 1], -1])
 def test_views_that_are_not(views):
-    with pytest.raises(BadInput): view_numbers(views)
+    with pytest.raises(BadInput): view_list(views)
+    if views != [8]:                                  # a seed like any other
+        with pytest.raises(BadInput): view_list(views, augmented=True)
 
 
 def case(n=60, d=8, t=3):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FAITHFUL', 'weights_sha256', 'model_identity', 'slides_sha256', 'dataset_identity', 'code_identity', 'feature_key',
-           'half_error', 'write_features', 'view_numbers', 'encode_batches', 'damage', 'cached_view', 'cached_features',
+           'half_error', 'write_features', 'view_list', 'encode_batches', 'damage', 'cached_view', 'cached_features',
            'list_features', 'mean_view']
 
-# %% ../../nbs/frozen/features.ipynb #d86a668f
+# %% ../../nbs/frozen/features.ipynb #846d5965
 import ast, dataclasses, hashlib, importlib.util, json, tempfile, time
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..core.files import atomic, cache_dir, file_sha256, plain, read_json, write
 from ..core.text import BadInput, choose
 from ..learn.batches import loader
 from ..learn.devices import PRECISIONS, pick_precision
-from ..learn.views import VIEWS, dihedral
+from ..learn.views import VIEWS, find_views, view_name
 
 # %% ../../nbs/frozen/features.ipynb #4e04644a
 def weights_sha256(
@@ -121,32 +121,33 @@ def write_features(
         out.flush()
         return dict(shape=x.shape, dtype=str(out.dtype), half_error=error, sha256=file_sha256(tmp))
 
-# %% ../../nbs/frozen/features.ipynb #262a3ad7
-def view_numbers(
-    views,       # none, flips, dihedral, a number of draws, or a list of numbers
+# %% ../../nbs/frozen/features.ipynb #5b4040d0
+def view_list(
+    views,       # as `find_views` takes them; of an augmentation also a number of draws, or a list of seeds
     augmented: bool = False,
 )->list:
-    "Which views: 0-7 of a square, or seeds of an augmentation."
-    if isinstance(views, str): views = VIEWS[choose(views, VIEWS, "views")]
-    views = list(range(views)) if isinstance(views, int) else [int(k) for k in views]
-    if not views or len(set(views)) < len(views) or (not augmented and not set(views) <= set(range(8))):
-        raise BadInput(f"views={views}: give none, flips, dihedral, or different numbers{'' if augmented else ' from 0 to 7'}")
-    return views
+    "Which views: functions of a picture, or seeds of an augmentation."
+    if not augmented: return list(find_views(views))
+    if isinstance(views, str): views = len(VIEWS[choose(views, VIEWS, "views")])
+    seeds = list(range(views)) if isinstance(views, int) else [int(k) for k in views]
+    if not seeds or len(set(seeds)) < len(seeds): raise BadInput(f"views={views}: give a number of draws, or different seeds")
+    return seeds
 
 @torch.inference_mode()
 def encode_batches(
     encoder,              # has encode(image), or encode(image, image2, …) for several scales
     dataset,              # gives them by these names
-    view: int = 0,        # of the square, or the seed of the dataset's augmentation
+    view=None,            # a function of a picture; None = the picture itself
+    seed: int = 0,        # of the dataset's augmentation, where it has one
     batch_size: int = 64,
     device: str = "cpu", workers: int = 0,
     amp = "no",           # precision on a GPU: auto, bf16, fp16 or no
 ):                        # gives (b, …) float32 arrays, in the dataset's order
     "What the encoder makes of one view of every row."
     encoder.to(device).eval(); precision = pick_precision(amp, device)
-    drawn = getattr(dataset, "augment", None) is not None
-    for inputs, _ in loader(dataset, batch_size, seed=view if drawn else 0, workers=workers):
-        images = {k: dihedral(v.to(device), 0 if drawn else view) for k, v in inputs.items() if k.startswith("image")}
+    for inputs, _ in loader(dataset, batch_size, seed=seed, workers=workers):
+        images = {k: v.to(device) for k, v in inputs.items() if k.startswith("image")}
+        if view is not None: images = {k: view(v) for k, v in images.items()}
         with torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "no"): out = encoder.encode(**images)
         yield out.float().cpu().numpy()
 
@@ -181,11 +182,11 @@ def cached_view(
         write_json(file.with_suffix(".json"), dict(identity=identity, **facts, seconds=time.time() - start, **(about or {})))
     return np.load(file, mmap_mode="r")
 
-# %% ../../nbs/frozen/features.ipynb #9bcdb4a1
+# %% ../../nbs/frozen/features.ipynb #eb9b724a
 def cached_features(
     encoder,             # has encode(image): a SpatialCellModel, or what follows below
     dataset,             # what to encode, in this order
-    views="none",        # none, flips, dihedral, a list of 0-7; with an augmented dataset a number of draws, or a list of seeds
+    views="none",        # as `view_list` takes them
     folder="",           # "" = `features` in the cache of this machine
     identity=None,       # dictionary that says what the rows are; None = read off a PatchDataset
     stain=None,          # settings of the stain normalisation
@@ -200,9 +201,11 @@ def cached_features(
     identity = plain(dict(model=model_identity(encoder), data=data, stain=stain, precision=pick_precision(amp, device), **code_identity()))
     place = (Path(folder) if folder else cache_dir()/"features")/feature_key(identity)
     about, out = dict(source=getattr(encoder, "config", {}).get("source"), device=device, torch=torch.__version__), []
-    for k in view_numbers(views, augmented):
-        make, name = partial(encode_batches, encoder, dataset, k, batch_size, device, workers, amp), "seed" if augmented else "view"
-        out.append(cached_view(place/f"{name}{k}.npy", identity | {name: k}, make, about, log))
+    how = dict(batch_size=batch_size, device=device, workers=workers, amp=amp)
+    for v in view_list(views, augmented):
+        which, name = ("seed", v) if augmented else ("view", view_name(v))
+        make = partial(encode_batches, encoder, dataset, **{which: v}, **how)
+        out.append(cached_view(place/f"{which}_{name}.npy", identity | {which: name}, make, about, log))
         if len(out[-1]) != len(dataset): raise BadInput(f"{place} holds {len(out[-1])} rows, the dataset {len(dataset)}; give an identity that tells them apart")
     return out
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ahead', 'Batches', 'loader', 'to_device', 'predict', 'predict_views']
 
-# %% ../../nbs/learn/batches.ipynb #89d43d76
+# %% ../../nbs/learn/batches.ipynb #1c962383
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .devices import PRECISIONS, pick_precision
-from .views import VIEWS, dihedral
+from .views import find_view, find_views
 
 # %% ../../nbs/learn/batches.ipynb #6eb11310
 def ahead(
@@ -70,13 +70,13 @@ def to_device(
     layout = lambda v: torch.channels_last if channels_last and v.ndim == 4 else torch.preserve_format
     return {k: v.to(device, non_blocking=True, memory_format=layout(v)) for k, v in inputs.items()}
 
-# %% ../../nbs/learn/batches.ipynb #62d4a45d
+# %% ../../nbs/learn/batches.ipynb #fa45285c
 @torch.inference_mode()
 def predict(
     model, dataset,
     batch_size: int = 64,
     device: str = "cpu",
-    view: int = 0,          # which of the eight views of each picture
+    view="identity",        # of each picture: a function, or the name of one of learn.views
     workers: int = 0,
     amp = False,            # as for `pick_precision`
     encode: bool = False,   # the backbone's features instead of the answer
@@ -84,10 +84,11 @@ def predict(
 )->tuple:                   # (n, T) float32 predictions (or (n, D) features), and the targets
     "The model's answer for every item of a dataset, in the dataset's order whatever the batch size."
     model.to(device).eval(); out, precision = [], pick_precision(amp, device)
+    seen_as = find_view(view)
     first, step = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     for inputs, target in loader(dataset, batch_size, workers=workers, part=lambda order: order[first::step]):
         inputs = to_device(inputs, device)
-        pictures = {k: dihedral(v, view) for k, v in inputs.items() if k.startswith("image")}
+        pictures = {k: seen_as(v) for k, v in inputs.items() if k.startswith("image")}
         with torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "no"):
             y = model.encode(**pictures) if encode else model(**inputs | pictures)
         out.append((y.float().cpu().numpy(), target.numpy()))
@@ -102,11 +103,11 @@ def _deal_back(
     hands = gather_object([mine])
     return [hands[i % len(hands)][i // len(hands)] for i in range(sum(map(len, hands)))]
 
-# %% ../../nbs/learn/batches.ipynb #94170140
+# %% ../../nbs/learn/batches.ipynb #5f1dacb9
 def predict_views(
     model, dataset,
-    views: str = "flips",   # none, flips or dihedral
+    views="flips",          # a name of VIEWS, or a list of functions
     **kw,                   # for `predict`
 )->np.ndarray:              # (V, n, T); the first view is the picture itself
     "The model's answers to several views of every item: test-time augmentation before the mean."
-    return np.stack([predict(model, dataset, view=v, **kw)[0] for v in VIEWS[views]])
+    return np.stack([predict(model, dataset, view=v, **kw)[0] for v in find_views(views)])

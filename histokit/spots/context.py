@@ -121,7 +121,12 @@ def turned(
     for quarter in (1, 2, 3): x, y = (np.where(view % 4 >= quarter, v, w) for v, w in ((y, x), (-x, y)))
     return np.stack([x, y], -1)
 
-# %% ../../nbs/spots/context.ipynb #a331bb8f
+# %% ../../nbs/spots/context.ipynb #7cf42799
+def _view_codes(n):
+    "Which of the eight views of a square the n cached ones are, as `dihedral` counts them; nothing for another n."
+    named = {len(VIEWS[name]): VIEWS[name] for name in ("none", "flips", "dihedral")}
+    return [VIEWS["dihedral"].index(view) for view in named.get(n, ())]
+
 class ContextDataset(FeatureDataset):
     "Cached features of rows with those of their neighbours: features, neighbours, offsets, mask and, where given, coords."
     def __init__(self,
@@ -136,7 +141,7 @@ class ContextDataset(FeatureDataset):
     ):
         features = [features] if getattr(features, "ndim", 3) == 2 else list(features)
         self.table, self.rows = table, np.arange(len(table.index)) if rows is None else np.asarray(rows)
-        self.codes = np.asarray({len(v): v for v in VIEWS.values()}.get(len(features), []) if views is None else views)
+        self.codes = np.asarray(_view_codes(len(features)) if views is None else views)
         if len(self.codes) != len(features):
             raise BadInput(f"{len(features)} views of the features and {len(self.codes)} numbers for them; say in views which they are, such as (0, 4)")
         super().__init__(features, target, coords, draw, seed)

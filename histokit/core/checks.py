@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FINDING_LEVELS', 'COLOURS', 'Finding', 'error', 'warning', 'note', 'format_findings', 'worst_first', 'from_error',
-           'attempt', 'check_scale', 'html_findings', 'show_checks', 'raise_errors']
+           'attempt', 'located', 'expect_finding', 'expect_quiet', 'check_scale', 'html_findings', 'show_checks',
+           'raise_errors']
 
-# %% ../../nbs/core/checks.ipynb #7de2847e
-from dataclasses import asdict, dataclass
+# %% ../../nbs/core/checks.ipynb #cc18728f
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -69,6 +70,30 @@ def attempt(
     "Call f; where it raises, that becomes a finding."
     try: return f(*args)
     except Exception as e: findings.append(from_error(e, where))
+
+# %% ../../nbs/core/checks.ipynb #34e40962
+def located(
+    findings,        # of Finding, without a place
+    where: str,
+)->list:
+    "The findings with the place where they were found."
+    return [replace(f, where=where) for f in findings]
+
+# %% ../../nbs/core/checks.ipynb #81637a44
+def expect_finding(
+    findings,        # list of Finding
+    text: str,       # what one of them must say
+    level: str = "error",
+)->str:
+    "The findings as text, after asserting that one of this level says this."
+    assert any(text in str(f) and f.level == level for f in findings), format_findings(findings)
+    return format_findings(findings)
+
+def expect_quiet(
+    findings,        # list of Finding
+)->None:
+    "Assert that there are notes at most."
+    assert all(f.level == "note" for f in findings), format_findings(findings)
 
 # %% ../../nbs/core/checks.ipynb #bbae03f1
 def check_scale(

@@ -15,7 +15,6 @@ from histokit.spots.cache import SlideCache
 from histokit.spots.patches import cut_patch, mirror
 from histokit.spots.sampling import Atlas, aim, colour_mix, fold, halve, pack_rgb, sample_torch, unpack_rgb
 from histokit.spots.patches import Augmentation, PatchDataset, PatchSampler
-from histokit.spots.cache import TileCache
 from histokit.learn.trainer import Trainer
 from histokit.learn.views import dihedral
 
@@ -137,17 +136,17 @@ def file(tmp_path_factory):
 
 
 def test_tiles_are_the_slide_within_the_budget(file):
-    whole, tiles = SlideCache(file), TileCache(file, 60_000, tile_px=32)
+    whole, tiles = SlideCache(file), SlideCache(file, 60_000, tile_px=32)
     for name in whole:
         assert tiles.shape(name) == whole[name].shape
         for _ in range(60):
             (a, b), (c, d) = np.sort(RNG.integers(0, 91, 2)), np.sort(RNG.integers(0, 132, 2))
             assert np.array_equal(tiles.crop(name, slice(a, b), slice(c, d)), whole[name][a:b, c:d])
-            assert tiles.n_bytes <= tiles.max_bytes and tiles._slab.nbytes <= tiles.max_bytes
+            assert tiles.n_bytes <= tiles.max_bytes and tiles._memory().block.nbytes <= tiles.max_bytes
         assert np.array_equal(tiles[name], whole[name])
     assert tiles.hits and tiles.misses
     with pytest.raises(BadInput, match="did you mean 'S_1'"): tiles.crop("s_1", slice(0, 1), slice(0, 1))
-    with pytest.raises(BadInput, match="raise max_bytes"): TileCache(file, 100)
+    with pytest.raises(BadInput, match="raise max_bytes"): SlideCache(file, 100)
     assert pickle.loads(pickle.dumps(tiles)).crop("S_0", slice(3, 9), slice(4, 8)).shape == (6, 4, 3)
 
 
@@ -157,7 +156,7 @@ def test_windows_give_the_same_bytes(file, engine):
     name = np.repeat(list(slides), 20); xy = RNG.uniform(-20, 110, (60, 2)); what = drawn(60)
     kw = dict(sizes=(20, 70, 160), out_px=20, whole=False, engine=engine)
     memory = PatchSampler(slides, **kw).sample(name, xy, **what)
-    for other in (PatchSampler(TileCache(file, 60_000, 32), **kw), PatchSampler(slides, max_bytes=0, **kw)):
+    for other in (PatchSampler(SlideCache(file, 60_000, 32), **kw), PatchSampler(slides, max_bytes=0, **kw)):
         assert not other.resident and torch.equal(other.sample(name, xy, **what), memory)
 
 

@@ -12,7 +12,8 @@ from scipy.optimize import nnls
 
 from histokit.core.files import plain
 from histokit.tissue import transfer
-from histokit.stain import normalise_file, slide_paths, stain_image_file
+from histokit.spots.layout import slide_paths
+from histokit.stain import normalise_file, stain_image_file
 from histokit.tissue.colour import DENSITY_OF_BYTE, rgb_to_lab, rgb_to_od
 from histokit.tissue.dyes import concentrations, degrees_between
 from histokit.tissue.jitter import RandomReference, StainJitter, batch_concentrations
@@ -349,7 +350,7 @@ def test_a_file_keeps_its_layout(data, tmp_path):
     reports = normalise_file(data, tmp_path/"out.h5", tile=64)
     n = StainNormalizer().fit(SLIDE)
     with h5py.File(data) as a, h5py.File(tmp_path/"out.h5") as b:
-        assert list(slide_paths(b)) == ["S_1", "S_2", "S_10", "S_3"]
+        assert list(slide_paths(b, spots=False)) == ["S_1", "S_2", "S_10", "S_3"]
         assert b.attrs["um_per_px"] == 4 and b["images"].attrs["scanner"] == "B" and b["spots/Train/S_1"].attrs["note"] == "kept"
         assert (b["spots/Train/S_1"][:] == a["spots/Train/S_1"][:]).all()
         assert np.array_equal(b["images/Train/S_2"][:], n.transform(SECOND))                    # one matrix, whatever the tiles
@@ -380,7 +381,7 @@ def test_bad_files_leave_earlier_results_alone(data, tmp_path):
     (tmp_path/"text.h5").write_text("no HDF5")
     with h5py.File(tmp_path/"empty.h5", "w") as f: f.create_group("image")
     with h5py.File(tmp_path/"wrong.h5", "w") as f: f.create_dataset("images/Train/S_1", data=np.full((20, 20, 3), 200.))
-    for path, words in ((tmp_path/"gone.h5", "does not exist"), (tmp_path/"text.h5", "not an HDF5"), (tmp_path/"empty.h5", "did you mean 'image'"), (tmp_path/"wrong.h5", "scale them to 0-1")):
+    for path, words in ((tmp_path/"gone.h5", "does not exist"), (tmp_path/"text.h5", "not a readable HDF5"), (tmp_path/"empty.h5", "is it 'image'"), (tmp_path/"wrong.h5", "scale them to 0-1")):
         with pytest.raises(BadInput, match=words): normalise_file(path, out)
     with pytest.raises(BadInput, match="no reference slide 'S_9'"): normalise_file(data, out, reference="S_9")
     with pytest.raises(BadInput, match="did you mean 'macenko'"): normalise_file(data, out, "macenco")

@@ -195,7 +195,7 @@ def _parts(h5, name, view, out):
     out += found
     return spots, image
 
-# %% ../../nbs/spots/check_file.ipynb #b6c14eff
+# %% ../../nbs/spots/check_file.ipynb #8f3cf748
 def slide_findings(
     h5, name: str, part: str,   # open file, slide, Train or Test
     budget: int,                # pixel values to read
@@ -211,7 +211,7 @@ def slide_findings(
     if look is not None and look.share < 1: out.append(note(f"{look.share:.0%} of its rows were read", "what the others hold was not judged",
         f"images/{where}"))
     if view.table is None or view.table.empty or not np.isfinite(xy := view.table[["x", "y"]].to_numpy()).all(): return out, view
-    view.info = attempt(out, f"images/{where}", slide_info, name, part, image, spots, view.table, h5)
+    view.info = attempt(out, f"images/{where}", slide_info, name, part, view.table, image, (spots, h5))
     attempt(out, f"spots/{where}", check_inside, xy, *image.shape[:2], f"spots/{where}")
     if look is None or any(f.level == "error" for f in out): return out, view
     more, view.share = attempt(out, f"spots/{where}", tissue_findings, look, view.table, image.shape, f"spots/{where}") or ([], float("nan"))

@@ -149,11 +149,11 @@ def spot_diameter(
     "A spot is 55 of 100 µm of the pitch on Visium's hexagonal lattice, 100 of 200 µm on a square one (Ståhl 2016)."
     return info.pitch_px * dict(hex=.55, square=.5).get(info.lattice, np.nan)
 
-# %% ../../nbs/spots/patches.ipynb #3565753a
+# %% ../../nbs/spots/patches.ipynb #ed47237a
 class PatchSampler:
     "Batches of patches of several scales, turned, mirrored, scaled and re-coloured in one step."
     def __init__(self,
-        slides,                   # mapping name -> (H, W, 3) uint8: dictionary, SlideCache, or TileCache for what does not fit into memory
+        slides,                   # mapping name -> (H, W, 3) uint8: dictionary, SlideCache, or SlideCache for what does not fit into memory
         sizes=(224,),             # sides of the patches in `unit`: one, several, or a dictionary name of the model's input -> size
         out_px: int = 0,          # side that comes out; 0 = as on the slide
         unit: str = "px",         # px, um or spot (diameters)
@@ -175,7 +175,7 @@ class PatchSampler:
         if self.engine == "auto": self.engine = "numba" if importlib.util.find_spec("numba") else "numpy"
         if self.engine == "numba": compiled_patch()
         self.out_px = int(out_px or self.sides.flat[0])
-        self.resident = not hasattr(slides, "tile_px") and 4 * self.atlas.n_pixels <= max_bytes
+        self.resident = 4 * self.atlas.n_pixels <= (min(max_bytes, getattr(slides, "max_bytes", max_bytes)) if device == "cpu" else max_bytes)
         if device != "cpu" and not self.resident: raise BadInput(f"slides of {self.atlas.n_pixels >> 18} MB do not fit into max_bytes on {device}; raise it, or sample on the CPU")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.threads, self._pool, self._pid = threads or min(cores, 8), None, None

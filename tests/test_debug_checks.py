@@ -21,7 +21,7 @@ from histokit.spots.check_patches import check_images
 from histokit.learn.checks import check_improves
 from histokit.spots.check_predictions import check_predictions, check_smoothing
 from histokit.spots.check_run import check_run, check_split_honesty
-from histokit.spots.check_slides import look_at
+from histokit.spots.check_slides import summarise_pixels
 from histokit.spots.check_page import write_report
 
 
@@ -112,7 +112,7 @@ def test_large_slides_are_sampled(tmp_path, chunks):
         d = h.create_dataset("images", (6000, 6000, 3), "f4", chunks=chunks, fillvalue=.9)
         d[::400, ::400] = 1 if chunks else 200
         start = time.time()
-        look = look_at(d, budget=1 << 23)
+        look = summarise_pixels(d, budget=1 << 23)
     assert time.time() - start < 8 and look.share < .3 and max(look.thumb.shape) <= 1200 and look.high == (1 if chunks else 200)
 
 

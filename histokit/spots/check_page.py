@@ -6,7 +6,7 @@
 __all__ = ['slide_rows', 'spot_picture', 'html_pictures', 'colour_rows', 'view_targets', 'target_rows', 'html_targets',
            'html_part', 'report_page', 'write_report']
 
-# %% ../../nbs/spots/check_page.ipynb #b4af6427
+# %% ../../nbs/spots/check_page.ipynb #4da51f97
 import io
 from collections import Counter
 from pathlib import Path
@@ -15,13 +15,13 @@ from scipy.stats import rankdata
 import numpy as np
 import pandas as pd
 
-from ..core.checks import FINDING_LEVELS, attempt, html_findings, worst_first
+from ..core.checks import FINDING_LEVELS, attempt, html_findings
 from ..core.files import atomic
 from ..core.page import Html, STYLE, data_uri, escaped, html_table
-from .check_file import SlideView, colour_pairs, compare_views, constant_scores, read_views, tissue_colour
+from .check_file import SlideView, check_views, colour_pairs, constant_scores, read_views, tissue_colour
 from .maps import show_targets
 
-# %% ../../nbs/spots/check_page.ipynb #c0576a44
+# %% ../../nbs/spots/check_page.ipynb #7fec1ccb
 def slide_rows(
     views,           # list of View
 )->list:             # of dictionaries for `html_table`
@@ -32,10 +32,10 @@ def slide_rows(
         rows.append({"slide": v.name, "split": v.split, "width x height": f"{size[1]} x {size[0]}" if size else None, "type": v.dtype,
             "spots": len(v.table) if v.table is not None else None, "pitch, px": i and i.pitch_px, "lattice": i and i.lattice, "µm/px": i and i.um_per_px,
             "from": i and i.um_source, "patient": i and (i.patient if i.patient != v.name else None), "on tissue": f"{v.share:.0%}" if np.isfinite(v.share) else None,
-            "rows read": f"{v.look.share:.0%}" if v.look is not None else None})
+            "rows read": f"{v.pixels.share:.0%}" if v.pixels is not None else None})
     return rows
 
-# %% ../../nbs/spots/check_page.ipynb #57104099
+# %% ../../nbs/spots/check_page.ipynb #6b8335a5
 def spot_picture(
     view: SlideView,              # with its look
     side: int = 340,         # pixels of the longer side
@@ -43,13 +43,13 @@ def spot_picture(
 ):                           # PIL image
     "A slide's thumbnail with its spots drawn where the file puts them."
     from PIL import Image, ImageDraw
-    h, w = view.look.thumb.shape[:2]; k = 2 * side / max(h, w)          # drawn twice as large, so that the circles become smooth
-    image = Image.fromarray(view.look.thumb).resize((max(2, round(w * k)), max(2, round(h * k))), Image.BILINEAR)
+    h, w = view.pixels.thumb.shape[:2]; k = 2 * side / max(h, w)          # drawn twice as large, so that the circles become smooth
+    image = Image.fromarray(view.pixels.thumb).resize((max(2, round(w * k)), max(2, round(h * k))), Image.BILINEAR)
     if view.table is not None and len(view.table):
         xy = view.table[["x", "y"]].to_numpy(float); xy = xy[np.isfinite(xy).all(1) & (np.abs(xy) < 1e7).all(1)]
         pitch = view.info.pitch_px if view.info is not None and np.isfinite(view.info.pitch_px) else 0
-        r, draw = max(.275 * pitch / view.look.step * k, 2.5), ImageDraw.Draw(image)
-        for x, y in (xy[::max(1, len(xy) // most)] / view.look.step + .5) * k: draw.ellipse((x - r, y - r, x + r, y + r), outline=(0, 90, 60), width=2)
+        r, draw = max(.275 * pitch / view.pixels.step * k, 2.5), ImageDraw.Draw(image)
+        for x, y in (xy[::max(1, len(xy) // most)] / view.pixels.step + .5) * k: draw.ellipse((x - r, y - r, x + r, y + r), outline=(0, 90, 60), width=2)
     return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.LANCZOS)
 
 def html_pictures(
@@ -57,7 +57,7 @@ def html_pictures(
     budget: int = 900_000,   # characters
 )->str:
     "All slides with their spots, as many as fit."
-    shown = [v for v in views if v.look is not None]; out, left = [], []
+    shown = [v for v in views if v.pixels is not None]; out, left = [], []
     side = 340 if len(shown) <= 8 else 240 if len(shown) <= 24 else 160
     for v in shown:
         picture = f"<figure><img alt='{escaped(v.name)}' src='{data_uri(spot_picture(v, side))}'><figcaption>{escaped(v.name)}, {v.split}</figcaption></figure>"
@@ -66,12 +66,12 @@ def html_pictures(
     more = f"<p class=none>no room for {escaped(', '.join(left[:20]))}</p>" if left else ""
     return f"<div class=pictures>{''.join(out)}</div>{more}" if out else "<p class=none>no picture could be read</p>"
 
-# %% ../../nbs/spots/check_page.ipynb #f01f0257
+# %% ../../nbs/spots/check_page.ipynb #ca89f647
 def colour_rows(
     views,           # list of View
 )->list:
     "Mean optical density of each slide's tissue, that colour, and how far it is from the other slides."
-    colour = {v.name: tissue_colour(v.look) for v in views if v.look is not None}
+    colour = {v.name: tissue_colour(v.pixels) for v in views if v.pixels is not None}
     pairs, rows = colour_pairs(colour), []
     for n, r in colour.items():
         apart = [d for p, d in pairs.items() if n in p]
@@ -123,7 +123,7 @@ def html_part(
     failed = []; body = attempt(failed, "", f, *args)
     return f"<h2>{escaped(title)}</h2>" + (body if body is not None else f"<p class=none>not to be shown: {escaped(failed[0].what)}</p>")
 
-# %% ../../nbs/spots/check_page.ipynb #217d6d94
+# %% ../../nbs/spots/check_page.ipynb #e16651c6
 def report_page(
     data_path, views, findings,   # the file, what could be read of it, and what was found
 )->str:
@@ -143,7 +143,7 @@ def write_report(
 )->Path:
     "One page with pictures that says what a data file holds and what is wrong with it; `BadInput` only when it cannot be written."
     found, views = read_views(data_path)
-    if findings is None: findings = worst_first(found + compare_views(data_path, views, any(f.level == "error" for f in found)))
+    if findings is None: findings = check_views(data_path, found, views)
     page = report_page(data_path, views, findings)
     with atomic(path_out) as tmp: tmp.write_text(page, encoding="utf-8")
     return Path(path_out)

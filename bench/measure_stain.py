@@ -116,7 +116,7 @@ def held_out(F, extra, Y, spots, fold, a):
         group = next(g for g in (fold[i], spots.slide.to_numpy()[i], slide_blocks(spots)[i]) if len(np.unique(g)) > 1)
         transform = TargetTransform("rank").fit(Y[i]); Z = transform.transform(Y[i])
         x, z, g = np.concatenate([F[i], *(e[i] for e in extra)]), np.tile(Z, (1 + len(extra), 1)), np.tile(group, 1 + len(extra))
-        fit = fit_ridge(x, z, g, mean_spearman, a.pca)
+        fit = fit_ridge(x, z, g, mean_spearman, pca=a.pca)
         out[o] = F[o] @ fit["weight"].T + fit["bias"]
         name = spots[a.by].iloc[o[0]]; chosen[name] = fit["penalty"]
         path[name] = [mean_spearman(F[o] @ w.T + b, Y[o]) for w, b in ridge_path(x, z, a.pca)]

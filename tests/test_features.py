@@ -1,5 +1,5 @@
 "What the page on features cannot say about itself: every ingredient of the key, killed runs, damage, leaks, families of backbones."
-import copy, importlib.util, pickle
+import copy
 from unittest import mock
 
 import numpy as np
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from histokit.frozen.features import cached_features, code_identity, feature_key, list_features, view_list
-from histokit.frozen.heads import PENALTIES, boost_path, fit_boost, fit_kernel, fit_pls, fit_ridge, pls_path, set_linear
-from histokit.frozen.network_head import FeatureDataset, fit_head
+from histokit.frozen.network_head import FeatureDataset
 from histokit.frozen.parts import Stages
 from histokit.spots.tail import FrozenPart, put_back, split_model
 from histokit.core.text import BadInput
@@ -21,7 +20,6 @@ from histokit.spots.patches import Augmentation, PatchDataset, PatchSampler
 from histokit.learn.trainer import Trainer
 
 CHAINS = ["test_resnet", "test_convnext", "test_efficientnet", "test_byobnet", "test_mambaout", "test_nfnet"]
-boost = pytest.mark.skipif(importlib.util.find_spec("lightgbm") is None, reason="LightGBM is not installed")
 
 
 @pytest.fixture(autouse=True)
@@ -157,91 +155,6 @@ def test_views_that_are_not(views):
         with pytest.raises(BadInput): view_list(views, augmented=True)
 
 
-def case(n=60, d=8, t=3):
-    rng = np.random.default_rng(0); x = rng.normal(size=(n, d)).astype("f4")
-    return x, x[:, :t] ** 2 + x @ rng.normal(size=(d, t)) + .1 * rng.normal(size=(n, t)) + 4, np.arange(n) % 3
-
-
-less = lambda p, t: -((p - t) ** 2).mean()
-HEADS = dict(ridge=(fit_ridge, dict(penalties=(10.,))), pls=(fit_pls, dict(components=(2,))), kernel=(fit_kernel, dict(widths=(1.,), penalties=(.3,))),
-    head=(fit_head, dict(epochs=(2,), device="cpu")), boost=(fit_boost, dict(rounds=(5,), threads=1)))
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=boost) if n == "boost" else n for n in HEADS])
-def test_left_out_rows_have_no_part(name):
-    "A group's own targets do not move its left-out predictions, another group's do; a fit survives pickling; settings are those that won."
-    (fit, kw), (x, y, g) = HEADS[name], case()
-    a, b = fit(x, y, g, less, **kw), fit(x, np.where(g[:, None] == 1, y ** 2, y), g, less, **kw)
-    assert np.array_equal(a.inner[g == 1], b.inner[g == 1]) and not np.allclose(a.inner[g == 0], b.inner[g == 0])
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(a.predict))(x), a.predict(x))
-    assert a.predict(x).shape == y.shape and less(a.predict(x), y) > less(np.tile(y.mean(0), (60, 1)), y) and len(a.scores) == 1
-    with pytest.raises(BadInput, match="one group"): fit(x, y, g * 0, less, **kw)
-
-
-def test_settings_are_chosen_by_all_left_out_rows():
-    x, y, g = case()
-    fit = fit_ridge(x, y, g, less)
-    alone = [fit_ridge(x, y, g, less, penalties=(p,)) for p in PENALTIES]
-    best = int(np.argmax([less(f.inner, y) for f in alone]))
-    assert fit["penalty"] == PENALTIES[best] and np.allclose(fit.inner, alone[best].inner) and np.allclose(fit["weight"], alone[best]["weight"])
-    with pytest.raises(BadInput, match="metric is nan"): fit_ridge(x, y, g, lambda p, t: float("nan"))
-
-
-@pytest.mark.parametrize("name", ["ridge", "pls", "kernel"])
-def test_blocks(name):
-    "Units of a block do not matter, nor does the order of blocks; a block of its own differs from columns appended."
-    (fit, kw), (x, y, g) = HEADS[name], case()
-    wide = np.random.default_rng(2).normal(size=(60, 40)).astype("f4")
-    one = fit([x, wide], y, g, less, **kw)
-    for other in ([x, 1000 * wide], [wide, x]): np.testing.assert_allclose(fit(other, y, g, less, **kw).inner, one.inner, rtol=1e-3, atol=1e-3)
-    assert less(one.inner, y) > less(fit(np.concatenate([x, wide], 1), y, g, less, **kw).inner, y)
-    np.testing.assert_allclose(one.predict([x[:5], wide[:5]]), one.predict([x, wide])[:5], rtol=1e-5)
-
-
-def test_pls_of_one_target_is_krylov():
-    "With one target, a components minimise the squared error over the space of X'y, (X'X) X'y, … (Helland 1988)."
-    x, y, _ = case(); y = y[:, :1]; z = (x - x.mean(0)) / (x.std(0) + 1e-6); z = z.astype(float)
-    for a, (w, b) in zip((1, 2, 4), pls_path(x, y, (1, 2, 4))):
-        space = [z.T @ (y - y.mean())]
-        for _ in range(a - 1): space.append(z.T @ (z @ space[-1]))
-        k = z @ np.linalg.qr(np.concatenate(space, 1))[0]
-        oracle = k @ np.linalg.lstsq(k, y - y.mean(), rcond=None)[0] + y.mean()
-        np.testing.assert_allclose(x @ w.T + b, oracle, atol=1e-4)
-
-
-def test_pls_runs_out_of_components():
-    "More components than the features have: all of them, and no blow-up; constant features and targets are harmless."
-    x, y, g = case(); x = np.concatenate([x[:, :2], x[:, :2], np.ones((60, 1), "f4")], 1); y[:, 1] = 4
-    (w2, b2), (w9, b9) = pls_path(x, y, (2, 9))
-    assert np.allclose(w2, w9) and np.isfinite(w9).all() and np.allclose(x @ w9.T[:, 1] + b9[1], 4)
-    a = np.concatenate([x[:, :2], np.ones((60, 1))], 1)
-    np.testing.assert_allclose(x @ w9.T + b9, a @ np.linalg.lstsq(a, y, rcond=None)[0], atol=1e-4)
-
-
-@boost
-def test_boost_rounds_are_prefixes():
-    "The answer after ten rounds is that of an ensemble grown for ten."
-    x, y, _ = case()
-    np.testing.assert_allclose(boost_path(x, y, (10, 30), threads=1)[0](x), boost_path(x, y, (10,), threads=1)[0](x))
-
-
-def test_head_takes_views_and_any_loss():
-    x, y, g = case(); views = [x, x + .01]
-    fit = fit_head(views, y, g, less, (1, 3), (1e-2, 1e-9), loss=lambda p, t: (p - t).abs().mean(), head="mlp", hidden="8", device="cpu")
-    assert [tuple(s.values())[:2] for s in fit.scores] == [(1, 1e-2), (3, 1e-2), (1, 1e-9), (3, 1e-9)]
-    np.testing.assert_allclose(fit.predict(views), (fit.predict(x) + fit.predict(x + .01)) / 2, rtol=1e-4)
-
-
-def test_feature_dataset_trains():
-    "Coordinates reach the tail; a lone last row is left out of training; items and batches agree."
-    x, y, _ = case(n=65)
-    data = FeatureDataset([x, x + 1, x + 2], y, coords=np.zeros((65, 2)))
-    assert [len(t) for _, t in data.batches(32, True)] == [32, 32] and [len(t) for _, t in data.batches(32)] == [32, 32, 1]
-    inputs, target = data[7]
-    assert sorted(inputs) == ["coords", "features"] and np.allclose(target, y[7]) and np.allclose(inputs["features"], data.batch([7])[0]["features"][0])
-    assert (data.epoch(1).view == data.epoch(1).view).all() and not (data.epoch(1).view == data.epoch(2).view).all()
-
-
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("unfreeze", [1, 2])
 def test_tail_learns_what_the_whole_learns(name, unfreeze):
@@ -282,8 +195,3 @@ def test_trainer_on_the_cache(tmp_path):
     data = FeatureDataset(A, np.tile([1., 2, 3], (10, 1)), np.zeros((10, 2)))
     history = Trainer(tail, Loss("mse"), None, epochs=8, batch_size=5, lr_head=1e-2, device="cpu").fit(data)
     assert len(A) == 3 and A[0].ndim == 4 and history.loss.iloc[-1] < .5 * history.loss.iloc[0]
-
-
-def test_set_linear_refuses_other_features():
-    with pytest.raises(BadInput, match="takes 96 features"): set_linear(encoder(), np.zeros((3, 5)), np.zeros(3))
-    with pytest.raises(BadInput, match="2 linear layers"): set_linear(encoder(head="mlp", hidden="4"), np.zeros((3, 96)), np.zeros(3))

@@ -172,13 +172,13 @@ def read_spots(
     check_values(table, where)
     return table
 
-# %% ../../nbs/spots/layout.ipynb #dc4dd8c8
+# %% ../../nbs/spots/layout.ipynb #65340ca5
 def check_image(
     dataset,              # h5py Dataset
 )->None:
     "Raise `BadInput` unless this has the shape and type of an RGB slide."
-    where, shape = dataset.name.strip("/"), dataset.shape
-    if len(shape) != 3 or shape[2] != 3 or 0 in shape:
+    where, shape = dataset.name.strip("/"), dataset.shape       # None of an empty dataset
+    if shape is None or len(shape) != 3 or shape[2] != 3 or 0 in shape:
         mend = "a slide is height x width x 3 (RGB; drop an alpha channel, put channels last)"
         raise BadInput(f"{where} has shape {shape}; {mend}")
     if dataset.dtype.kind != "f" and dataset.dtype not in (np.uint8, np.uint16):

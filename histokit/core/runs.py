@@ -6,19 +6,18 @@
 __all__ = ['ASSETS', 'KEPT', 'REPORTED', 'RunFolder', 'assets', 'StageRecord', 'StageBook', 'package_fingerprint', 'run_lock',
            'installed_versions', 'git_commit', 'provenance']
 
-# %% ../../nbs/core/runs.ipynb #5fcdb008
+# %% ../../nbs/core/runs.ipynb #3339406d
 import contextlib, fcntl, hashlib, os, platform, shutil, subprocess, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pandas as pd
 import yaml
 
 import histokit
 from .files import make_dir, read_json, save_figure, write_json, write_table
 from .text import BadInput
 
-# %% ../../nbs/core/runs.ipynb #96ede881
+# %% ../../nbs/core/runs.ipynb #2942c19d
 class RunFolder:
     "The folder of a run: its files, its stages, its folds."
     def __init__(self,
@@ -60,8 +59,9 @@ class RunFolder:
         "What a JSON file of the run holds, or the default where the run has not made it."
         return read_json(self.path/name) if self.has(name) else default
 
-    def table(self, name: str, stage: str = "")->pd.DataFrame:
-        "A table of the run, from .parquet or .csv."
+    def table(self, name: str, stage: str = ""):
+        "A table of the run, from .parquet or .csv, as a pandas DataFrame."
+        import pandas as pd
         file = self.need(name, stage)
         read = pd.read_csv if file.suffix == ".csv" else pd.read_parquet
         try: return read(file)

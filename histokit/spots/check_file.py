@@ -224,7 +224,7 @@ def check_stains(
     return [*out, note(f"{mean}, {pairs[a, b]:.1f} between {a} and {b} (CIE 1976)",
         "01_stain brings slides to one stain; a difference below 2 is hardly seen", "images")]
 
-# %% ../../nbs/spots/check_file.ipynb #233c4cdb
+# %% ../../nbs/spots/check_file.ipynb #9c328820
 @dataclass
 class SlideView:
     "What could be read of a slide; None where it could not."
@@ -249,8 +249,9 @@ def _listed_slides(h5, out):
     "(name, Train or Test) of all slides that are named anywhere in the file; `out` grows by what is missing."
     names = {}
     for top, other in (("spots", "images"), ("images", "spots")):
-        group, beside = attempt(out, "", h5_child, h5, top), h5.get(other)
+        group = attempt(out, "", h5_child, h5, top)
         if group is None: continue
+        beside = h5.get(other)
         for part in SPLITS:
             if part == "Test" and part not in group and (beside is None or part not in beside): continue
             inner = attempt(out, "", h5_child, group, part)

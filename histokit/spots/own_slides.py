@@ -138,7 +138,7 @@ class Imported:
         return "\n".join([head, *(f"  {s}" for s in self.said), *(f"  CHECK: {w}" for w in self.warnings)])
     __repr__ = __str__
 
-# %% ../../nbs/spots/own_slides.ipynb #4400edfb
+# %% ../../nbs/spots/own_slides.ipynb #0a33ff9d
 def slide_targets(
     source: RawSlide,
     targets,           # path, DataFrame with barcodes as index, or the name of a table that came with the slide
@@ -149,7 +149,7 @@ def slide_targets(
     if isinstance(targets, pd.DataFrame): raw, where = targets.rename_axis("barcode").reset_index(), "targets"
     elif targets in source.tables: raw, where = source.tables[targets], f"{source.where}: {targets}"
     elif source.tables and not Path(targets).exists(): raise BadInput(f"{source.where} has no table '{targets}'{did_you_mean(targets, source.tables)}, and no such file exists")
-    else: raw, where = read_text_table(targets), str(targets)
+    else: raw, where = read_text_table(targets, row_names="barcode"), str(targets)
     if len(set(map(str, raw.columns[1:])) & set(spots)) > len(spots) / 2:                 # types down, spots across
         raw = raw.set_index(raw.columns[0]).T.rename_axis("barcode").reset_index()
     table, said = as_proportions(raw, where, sample)

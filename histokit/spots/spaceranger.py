@@ -92,14 +92,14 @@ def spatial_folder(
     inside = next((p for p in places[::-1] if p.is_dir()), outs)
     raise BadInput(f"{outs} is no Space Ranger output: no spatial/{' or '.join(POSITIONS[1:])} or .parquet ({inside.name}: {holds(inside)}); give the folder 'outs'")
 
-# %% ../../nbs/spots/spaceranger.ipynb #562eb76d
+# %% ../../nbs/spots/spaceranger.ipynb #c022bc12
 def read_positions(
     path,            # tissue_positions*.csv or .parquet
 )->pd.DataFrame:     # barcode, in_tissue (bool), x, y in pixels of the full-resolution image
     "The spots of a slide: x from pxl_col, y from pxl_row; `BadInput` unless the six columns are there."
-    path = Path(path); table = read_text_table(path)
+    path = Path(path); table = read_text_table(path, row_names="barcode")
     if path.suffix != ".parquet" and len(table.columns) == 6 and str(table.columns[1]).strip() in ("0", "1"):
-        table = read_text_table(path, header=False).set_axis(list(COLUMNS), axis=1)
+        table = read_text_table(path, False, "barcode").set_axis(list(COLUMNS), axis=1)
     if missing := [c for c in COLUMNS if c not in table and not c.startswith("array")]:
         raise BadInput(f"{path}: no column '{missing[0]}'{did_you_mean(missing[0], [c for c in table if c not in COLUMNS], 'is it')}; Space Ranger's columns are {', '.join(COLUMNS)}")
     x, y, inside = (number_column(table[c], str(path)) for c in ("pxl_col_in_fullres", "pxl_row_in_fullres", "in_tissue"))

@@ -5,12 +5,11 @@ PYTHON  ?= python3
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 RUN     ?= runs/demo
-NOTEBOOKS := $(sort $(wildcard nbs/*.ipynb))
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONUNBUFFERED := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help fuzz install demo test test-all run lab notebooks readme kernels bench export clean-all gates
+.PHONY: help fuzz install demo test test-all run lab notebooks readme kernels bench gpu export clean-all
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -39,7 +38,7 @@ fuzz: install    ## 2 000 damaged files: never a traceback, never a clean verdic
 lab: install     ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir nbs
 
-notebooks: install ## execute every notebook and save its outputs
+notebooks: install ## execute every notebook and save its outputs (ONLY="nbs/03_train.ipynb" for some)
 	@BIN="$(BIN)" tools/notebooks.sh
 
 readme: install  ## write README.md from nbs/index.ipynb
@@ -52,8 +51,11 @@ kernels: install ## build the Kaggle kernels
 	@$(BIN)/histokit kernels build
 
 bench: install   ## measure speed, as ratios to the named alternatives
-	@for f in tests/bench_*.py; do echo "== $$f"; $(BIN)/python $$f; done
-	@echo "== tests/measure_registration.py"; $(BIN)/python tests/measure_registration.py --slides 50
+	@for f in bench/bench_*.py; do echo "== $$f"; $(BIN)/python $$f; done
+	@echo "== bench/measure_registration.py"; $(BIN)/python bench/measure_registration.py --slides 50
+
+gpu: install     ## everything that a GPU can be asked in five minutes: one table, one JSON
+	@$(BIN)/python bench/gpu.py --json gpu.json
 
 clean-all:       ## remove .venv, runs and caches
 	rm -rf "$(VENV)" runs .ruff_cache dist build

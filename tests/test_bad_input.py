@@ -21,7 +21,7 @@ from histokit.core.files import atomic, read_json, write_json, write_table
 from histokit.core.text import BadInput
 from histokit.cli import app
 
-CLI = [sys.executable, "-c", "from histokit.pipeline import main; main()"]
+CLI = [sys.executable, "-c", "from histokit.cli import main; main()"]
 FIRST = "spots/Train/S_1"
 
 

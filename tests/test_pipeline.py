@@ -18,7 +18,7 @@ from histokit.pipeline import STAGES, run_pipeline
 from histokit.core.submission import check_submission
 
 ROOT = Path(__file__).resolve().parent.parent
-CLI = [sys.executable, "-c", "from histokit.pipeline import main; main()"]
+CLI = [sys.executable, "-c", "from histokit.cli import main; main()"]
 
 
 def test_run_folder_is_complete(finished_run, demo_file):

@@ -44,7 +44,7 @@ def stage_parameters(
     found = re.findall(r"^(\w+)\s*:\s*(int|float|str|bool)\s*=\s*(.+?)\s*#\s*(.*)$", source, re.M)
     return {name: Parameter(kind, ast.literal_eval(value), about) for name, kind, value, about in found}
 
-# %% ../../nbs/core/notebooks.ipynb #542e47c2
+# %% ../../nbs/core/notebooks.ipynb #2c6d6da4
 STAGE_HEADING = "## The stage"
 
 def names_used(source: str)->set:
@@ -64,9 +64,14 @@ def exported_names(cells)->set:
                 found |= {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
     return found
 
+def _is_import(node):
+    "An import, or nbdev's list of what is exported besides."
+    listed = isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["_all_"]
+    return listed or isinstance(node, (ast.Import, ast.ImportFrom))
+
 def _only_imports(source):
     body = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source)).body
-    return bool(body) and all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+    return bool(body) and all(_is_import(node) for node in body)
 
 def _module(cells):
     found = [re.search(r"#\| default_exp (\S+)", "".join(c["source"])) for c in cells]
@@ -204,7 +209,7 @@ def call_ready(
     if error is not None: raise error
     return value
 
-# %% ../../nbs/core/notebooks.ipynb #aa21d16b
+# %% ../../nbs/core/notebooks.ipynb #96370c42
 NEWS = re.compile(r"(fold|slide) \S+  |random split  ")     # how a line begins that is shown while a stage runs
 
 class _Echo:
@@ -252,7 +257,7 @@ def _execute(notebook, tmp, params, cwd, show):
     try:
         source.write_text(json.dumps(nb))
         papermill.execute_notebook(str(source), str(tmp), params, kernel_name="python3", progress_bar=False, cwd=str(cwd),
-            stdout_file=_Echo(show), extra_arguments=["--IPKernelApp.log_level=40"],
+            stdout_file=_Echo(show), extra_arguments=["--IPKernelApp.log_level=50"],
             **(dict(kernel_manager_class=manager) if manager else {}))
     finally: source.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ __all__ = ['ENCODERS', 'PACKAGES', 'POOLS', 'resolve_encoder', 'build_backbone',
            'load_package', 'load_encoder', 'pixel_stats', 'fixed_size', 'scale_pixels', 'check_pool', 'pooled',
            'backbone_stages', 'freeze_stages', 'rest_frozen', 'EncoderOptions', 'weights_source', 'create_encoder']
 
-# %% ../../nbs/learn/encoders.ipynb #fdfbe1e3
+# %% ../../nbs/learn/encoders.ipynb #23d81ddf
 import importlib, re
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +20,7 @@ import timm.data
 import torch
 
 from ..core.files import file_sha256
-from ..core.text import BadInput, choose, did_you_mean, numbers, one_line, parse_args
+from ..core.text import BadInput, choose, did_you_mean, numbers, one_line, parse_args, some_of
 
 # %% ../../nbs/learn/encoders.ipynb #8632bf4d
 _IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
@@ -150,13 +150,12 @@ def read_weights(
     if tensors := _unwrapped(state): return tensors
     raise BadInput(f"weights file {path} holds no state dict (name -> tensor); save model.state_dict()")
 
-# %% ../../nbs/learn/encoders.ipynb #6c17d04b
+# %% ../../nbs/learn/encoders.ipynb #e4c8d092
 def _misfits(own, state):
     "In words, how a state differs from the one that a model needs; '' where it does not."
     wrong = {"missing": [k for k in own if k not in state], "unexpected": [k for k in state if k not in own],
         "of another shape": [k for k in own if k in state and own[k].shape != state[k].shape]}
-    some = lambda names: ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return "; ".join(f"{len(names)} {how} ({some(names)})" for how, names in wrong.items() if names)
+    return "; ".join(f"{len(names)} {how} ({some_of(names)})" for how, names in wrong.items() if names)
 
 def load_weights(
     backbone,  # timm model without classifier

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['FeatureDataset', 'HeadModel', 'head_answer', 'train_head', 'fit_head']
 
-# %% ../../nbs/frozen/network_head.ipynb #113a9286
+# %% ../../nbs/frozen/network_head.ipynb #a73dc3dd
 import copy
 from functools import partial
 
 from torch import nn
-from torch.utils.data import Dataset
 import numpy as np
 import torch
 
@@ -18,18 +17,18 @@ from ..core.compute import seed_everything
 from ..core.text import BadInput, numbers
 from .features import mean_view
 from .heads import Fit, fit_nested
-from ..learn.batches import Batches
+from ..learn.batches import BatchDataset
 from ..learn.losses import Loss
 from ..learn.networks import make_head, start_at
 from ..learn.trainer import Trainer
 
-# %% ../../nbs/frozen/network_head.ipynb #60fbcd24
+# %% ../../nbs/frozen/network_head.ipynb #74d0ec32
 def _float_tensor(values):
     "As float32, or None where there is nothing."
     if values is None or torch.is_tensor(values): return values
     return torch.as_tensor(np.array(values), dtype=torch.float32)
 
-class FeatureDataset(Dataset):
+class FeatureDataset(BatchDataset):
     "Cached features of rows; with `draw`, each epoch sees one of the views of each row at random, else the first."
     def __init__(self,
         features,          # (V, n, …), or a list of views
@@ -68,14 +67,6 @@ class FeatureDataset(Dataset):
         inputs = dict(features=torch.from_numpy(out))
         if self.coords is not None: inputs["coords"] = self.coords[index]
         return inputs, torch.empty(len(index), 0) if self.target is None else self.target[index]
-
-    def __getitem__(self, i):
-        inputs, target = self.batch([i])
-        return {k: v[0] for k, v in inputs.items()}, target[0]
-
-    def batches(self, batch_size: int, shuffle: bool = False, seed: int = 0, workers: int = 0):
-        "The batches of one epoch, whole."
-        return Batches(self, batch_size, shuffle, seed, workers)
 
 # %% ../../nbs/frozen/network_head.ipynb #679eae03
 class HeadModel(nn.Module):

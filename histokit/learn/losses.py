@@ -66,7 +66,7 @@ def huber(
     "Huber's loss (1964): squared near the target, linear far from it."
     return _entries(F.huber_loss, pred, target, mask, weight, delta=delta)
 
-# %% ../../nbs/learn/losses.ipynb #54609aa7
+# %% ../../nbs/learn/losses.ipynb #e4a972e7
 def _centred(x, mask):
     "Rows minus their mean over what was measured; 0 where masked."
     if mask is None: return x - x.mean(1, keepdim=True)
@@ -91,8 +91,8 @@ def row_correlation(
 ):               # (B,) Pearson's correlation of each row; 0 where a row is constant
     "Pearson's correlation, row by row."
     a, b = _centred(a, mask), _centred(b, mask)
-    spread = (a * a).sum(1).clamp_min(1e-6) * (b * b).sum(1).clamp_min(1e-6)
-    return (a * b).sum(1) / spread.sqrt()
+    together, alone_a, alone_b = ((u * v).sum(1) for u, v in ((a, b), (a, a), (b, b)))
+    return together / (alone_a.clamp_min(1e-6) * alone_b.clamp_min(1e-6)).sqrt()
 
 # %% ../../nbs/learn/losses.ipynb #07f1c751
 def pearson_rows(

@@ -6,7 +6,7 @@
 __all__ = ['UNITS', 'mirror', 'cut_patch', 'patch_size', 'normalised_coords', 'HESpotDataset', 'resize', 'show_patches',
            'side_table', 'spot_diameter', 'PatchSampler', 'Augmentation', 'PatchDataset']
 
-# %% ../../nbs/spots/patches.ipynb #fb7ca780
+# %% ../../nbs/spots/patches.ipynb #ccb49d8f
 import copy, importlib.util, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch
 
 from ..core.page import Shown
 from ..core.text import BadInput, choose
-from ..learn.batches import Batches
+from ..learn.batches import BatchDataset
 from .cards import html_sample
 from .sampling import Atlas, Jobs, aim, colour_mix, compiled_patch, run_jobs, sample_torch
 from ..tissue.dyes import RUIFROK
@@ -257,8 +257,8 @@ class Augmentation:
         mix = colour_mix(np.exp(self.colour * gain), 1 + self.stain * dyes, matrix) if self.colour or self.stain else None
         return dict(angle=self.rotate * turn + 90 * self.quarter * quarter, scale=np.exp(low + zoom * (high - low)), flip=flip & self.flip, shift=self.shift_px * shift, mix=mix)
 
-# %% ../../nbs/spots/patches.ipynb #270c86cb
-class PatchDataset(Dataset):
+# %% ../../nbs/spots/patches.ipynb #3ad025df
+class PatchDataset(BatchDataset):
     "Patches around spots with where the spot lies and what it should be, as single items and as whole batches."
     def __init__(self,
         spots,                # table with slide, x, y
@@ -295,17 +295,3 @@ class PatchDataset(Dataset):
         images = self.sampler.sample(self.k[index], self.xy[index], **{k: v if v is None else v[index] for k, v in self.drawn.items()})
         inputs = {key: images[:, s] for s, key in enumerate(self.sampler.inputs)} | dict(coords=self.coords[index])
         return inputs, torch.empty(len(index), 0) if self.target is None else self.target[index]
-
-    def __getitem__(self, i):
-        if not isinstance(i, (int, np.integer)): return self.batch(i)
-        inputs, target = self.batch([i])
-        return {k: v[0] for k, v in inputs.items()}, target[0]
-
-    def batches(self,
-        batch_size: int,
-        shuffle: bool = False,
-        seed: int = 0,        # decides the order and the augmentation
-        workers: int = 0,     # processes; 0 = a thread
-    ):
-        "The batches of one epoch, made ahead of their use."
-        return Batches(self, batch_size, shuffle, seed, workers)

@@ -30,9 +30,10 @@ from histokit.tissue.jitter import RandomReference, StainJitter
 from histokit.tissue.colour import colour_difference
 from histokit.stain import compare_slides, normalise_file
 from histokit.frozen.heads import PENALTIES, fit_ridge, ridge_path
-from histokit.learn.scores import bootstrap_interval, mean_spearman, spearman_columns, spearman_rows
-from histokit.learn.ladder import format_ladder, ladder
-from histokit.spots.ladder import held_out_constants
+from histokit.learn.bootstrap import Bootstrap, mean_interval
+from histokit.learn.scores import mean_spearman, spearman_columns, spearman_rows
+from histokit.learn.ladder import Rung, format_ladder
+from histokit.spots.ladder import held_out_constants, spot_ladder
 from histokit.learn.views import VIEWS
 from histokit.learn.batches import predict
 
@@ -143,7 +144,7 @@ def differences(scores, spots, by):
     for name in list(scores)[1:]:
         for group in ("all", *spots[by].unique()):
             s = (spots[by] == group).to_numpy() | (group == "all"); d = (scores[name] - scores[first])[s]
-            low, high = bootstrap_interval(d, spots.slide[s], block[s], 4000)
+            low, high = mean_interval(d, spots.slide[s], block[s], bootstrap=Bootstrap(draws=4000))
             rows.append({"variant": name, by: group, "score": scores[name][s].mean(), "difference": d.mean(), "low": low, "high": high, "beyond": low > 0 or high < 0})
     return pd.DataFrame(rows)
 
@@ -173,7 +174,8 @@ def run(a):
 def report(predictions, looks, penalties, paths, Y, spots, a):
     "The tables of a run."
     pd.options.display.width, pd.options.display.max_rows = 220, 500
-    steps = ladder(predictions, Y, spots.slide, slide_blocks(spots))
+    rungs = {n: Rung(p, "constant" if n.startswith("constant") else "model") for n, p in predictions.items()}
+    steps = spot_ladder(rungs, Y, spots.slide, slide_blocks(spots))
     scores = {n: spearman_rows(p, Y) for n, p in predictions.items()}
     paired = differences({n: scores[n] for n in a.variants}, spots, a.by)
     groups = {n: pd.Series(s).groupby(spots[a.by]).mean().to_dict() for n, s in scores.items()}

@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 
 from histokit.spots.context import ContextDataset, fit_context
 from histokit.spots.lattice import neighbour_table
@@ -28,7 +27,8 @@ from histokit.frozen.parts import Stages
 from histokit.frozen.features import cached_features, mean_view
 from histokit.frozen.heads import fit_boost, fit_kernel, fit_pls, fit_ridge
 from histokit.spots.kriging import alike_features, centred_places, krige_fold, look_features, place_features, respects, slide_distance, with_places
-from histokit.learn.scores import mean_spearman, paired_difference, spearman_columns, spearman_rows
+from histokit.learn.bootstrap import mean_difference
+from histokit.learn.scores import mean_spearman, row_ranks, spearman_columns, spearman_rows
 from histokit.learn.losses import Loss
 from histokit.spots.network import create_model
 from histokit.learn.networks import start_at
@@ -93,7 +93,7 @@ def ideas(a, factory, spots, fold, views, encoder):
 
     def smoothed(r, c): return smooth(kriging(both, .5)(r, c), spots.iloc[c], .7)
 
-    return {"constant: mean rank": lambda r, c: np.tile(rankdata(values[r], axis=1).mean(0), (len(c), 1)),
+    return {"constant: mean rank": lambda r, c: np.tile(row_ranks(values[r]).mean(0), (len(c), 1)),
         "probe: ridge on ranks": head(fit_ridge, pooled), "ridge on logs": head(fit_ridge, pooled, "log"), "ridge on centred log-ratios": head(fit_ridge, pooled, "clr"),
         "partial least squares": head(fit_pls, pooled), "kernel ridge": head(fit_kernel, pooled), "boosted trees": head(fit_boost, pooled),
         "network head, soft Spearman": head(fit_head, [of_view(v) for v in views], loss="soft_spearman(strength=0.1)"), "network head, neighbours by attention": around,
@@ -123,7 +123,7 @@ def measure(a):
             check_split(spots.iloc[r], spots.iloc[c], widest); out[fold[train] == k] = predict(r, c)
         each[name] = spearman_rows(out, true); base = each[name] if name.startswith("probe") else base
         row = dict(idea=name, per_spot=each[name].mean(), per_type=np.nan if name.startswith("constant") else spearman_columns(out, true).mean())
-        gain = paired_difference(base, each[name], slide, block) if base is not None and not name.startswith("probe") else dict(difference=np.nan, low=np.nan, high=np.nan)
+        gain = mean_difference(base, each[name], slide, block) if base is not None and not name.startswith("probe") else dict(difference=np.nan, low=np.nan, high=np.nan)
         rows.append(row | {k: float(gain[k]) for k in ("difference", "low", "high")} | dict(seconds=round(time.time() - start, 1)))
         print(f"{name:44} {row['per_spot']:.4f} {row['per_type']:7.4f}  gain {rows[-1]['difference']:+.4f} [{rows[-1]['low']:+.4f}, {rows[-1]['high']:+.4f}]  {rows[-1]['seconds']} s", flush=True)
     return pd.DataFrame(rows)

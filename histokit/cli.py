@@ -128,7 +128,7 @@ def compare(
     wrote = f"\nwrote {picture}" if picture.name else ""
     say(table.to_dict("records"), format_comparison(table) + wrote, as_json)
 
-# %% ../nbs/cli.ipynb #9be6d69d
+# %% ../nbs/cli.ipynb #f8a0afe7
 @command()
 def check(data: Path, html: Annotated[Optional[Path], typer.Option(help="also write one page with pictures")] = None, as_json: Json = False):
     "Look at a data file and say what is wrong with it."
@@ -158,11 +158,12 @@ def validate(submission: Path, data: Annotated[Path, typer.Option(help="the HDF5
 def score(submission: Path, truth: Path, as_json: Json = False):
     "Score a submission against a truth of the same layout."
     from histokit.core.submission import read_submission
-    from histokit.learn.scores import bootstrap_interval, spearman_columns
+    from histokit.learn.bootstrap import mean_interval
+    from histokit.learn.scores import spearman_columns
     from histokit.spots.results import score_submission
     s, t = read_submission(submission), read_submission(truth)
     each = score_submission(s, t)
-    low, high = bootstrap_interval(each)
+    low, high = mean_interval(each)
     columns = [c for c in t.columns if c != "ID"]
     per_type = float(spearman_columns(s[columns], t.sort_values("ID")[columns]).mean())
     text = f"mean per-spot Spearman {each.mean():.4f} [{low:.4f}, {high:.4f}] over {len(each)} spots; per type {per_type:.4f}"

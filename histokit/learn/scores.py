@@ -7,8 +7,7 @@ __all__ = ['SPEARMAN', 'SCORES', 'as_numpy', 'array_library', 'as_tables', 'row_
            'mean_spearman', 'spearman_columns', 'mean_spearman_columns', 'pearson_columns', 'pearson_rows_score',
            'UndefinedScore', 'roc_auc', 'average_precision', 'as_classes', 'right_rows', 'accuracy',
            'balanced_accuracy', 'sensitivity', 'specificity', 'quadratic_weighted_kappa', 'absolute_error_rows',
-           'mean_absolute_error', 'Score', 'kappa_score', 'RunningMean', 'bootstrap_means', 'bootstrap_interval',
-           'paired_difference']
+           'mean_absolute_error', 'Score', 'kappa_score', 'RunningMean']
 
 # %% ../../nbs/learn/scores.ipynb #a43da488
 from collections.abc import Callable
@@ -105,7 +104,7 @@ def row_ranks(
     if mask is not None: values = xp.where(mask, values, xp.nan)
     return xp.where(xp.isnan(values), xp.nan, _ranks(values))
 
-# %% ../../nbs/learn/scores.ipynb #c11a740f
+# %% ../../nbs/learn/scores.ipynb #d1cbc202
 def centred_ranks(
     values,          # (n, T) finite, array or tensor
 ):                   # (n, T)
@@ -121,9 +120,10 @@ def _centred(values):
 def _correlation(a, b):
     "Cosine of each pair of centred rows; 0 where one of them has no direction."
     xp = array_library(a)
-    ab, aa, bb = (xp.einsum("ij,ij->i", u, v) for u, v in ((a, b), (a, a), (b, b)))
-    some = aa * bb > 0
-    return xp.where(some, ab, 0.) / xp.sqrt(xp.where(some, aa * bb, 1.))
+    dot = partial(xp.einsum, "ij,ij->i")
+    lengths = dot(a, a) * dot(b, b)
+    some = lengths > 0
+    return xp.where(some, dot(a, b), 0.) / xp.sqrt(xp.where(some, lengths, 1.))
 
 def _correlate_rows(pred, true, centred):
     "Correlation of the centred rows: in pieces of the cache's size on the processor, at once elsewhere."
@@ -368,7 +368,7 @@ class Score:
         if not values.size: return np.nan
         return float(values.max() if self.larger_is_better else values.min())
 
-# %% ../../nbs/learn/scores.ipynb #fa70674d
+# %% ../../nbs/learn/scores.ipynb #8c5f7d8f
 SPEARMAN = Score("spearman", spearman_rows, per_row=True, label="mean Spearman within rows")
 SCORES = {score.name: score for score in (
     SPEARMAN,
@@ -386,9 +386,10 @@ def kappa_score(
     levels,          # the whole scale: how many levels, counted from 0, or the levels in order
 )->Score:
     "Quadratic weighted kappa on a scale, as a score."
-    return Score("kappa", partial(quadratic_weighted_kappa, levels=levels), per_row=False, label="quadratic weighted kappa")
+    function = partial(quadratic_weighted_kappa, levels=levels)
+    return Score("kappa", function, per_row=False, label="quadratic weighted kappa")
 
-# %% ../../nbs/learn/scores.ipynb #6b1baadb
+# %% ../../nbs/learn/scores.ipynb #8b12874a
 class RunningMean:
     "A score's mean over rows, fed batch by batch; across processes add the objects, or all-reduce `total` and `count`."
     def __init__(self,
@@ -396,8 +397,10 @@ class RunningMean:
         total=0.,                # sum of the rows' values, a number or a scalar tensor
         count: int = 0,          # rows
     ):
-        if not score.per_row: raise BadInput(f"{score.title} is no mean over rows; keep the predictions and score them at the end")
-        self.score, self.total, self.count = score, total, count
+        if not score.per_row:
+            raise BadInput(f"{score.title} is no mean over rows; keep the predictions and score them at the end")
+        self.score = score
+        self.total, self.count = total, count
 
     def update(self,
         pred, true,              # (n, T), any n
@@ -414,58 +417,3 @@ class RunningMean:
         "The mean over all rows taken in."
         if not self.count: raise BadInput("no row has been scored; call update first")
         return float(self.total) / self.count
-
-# %% ../../nbs/learn/scores.ipynb #db521f87
-from scipy.stats import norm, t as student
-import pandas as pd
-
-def bootstrap_means(
-    values,             # (n,) a score for each row, or (n, k)
-    group=None,         # (n,) the slide, patient, … of each row
-    block=None,         # (n,) block inside the group; None = every row for itself
-    n: int = 1000,      # draws
-    seed: int = 0,
-)->tuple:               # (draws,) or (draws, k) means, and the number of units that were drawn from
-    "Means under a two-level bootstrap: groups, then blocks in them (Efron and Tibshirani 1993)."
-    rng, values = np.random.default_rng(seed), np.asarray(values, float)
-    group = np.zeros(len(values)) if group is None else np.asarray(group)
-    block = np.arange(len(values)) if block is None else np.asarray(block)
-    if not len(values) == len(group) == len(block):
-        raise BadInput(f"{len(values)} values, {len(group)} groups and {len(block)} blocks; give one of each for every row")
-    if not len(values) or not np.isfinite(values).all(): raise BadInput("a bootstrap needs values, all of them finite; drop the rows that have none")
-    table = pd.DataFrame(np.column_stack([values, np.ones(len(values))]))
-    sums = [t.groupby(block[t.index]).sum().to_numpy() for _, t in table.groupby(group)]     # (blocks, k + 1) for each group
-    times = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), n)                 # how often each draw holds each group
-    total = sum(rng.multinomial(c * len(s), np.full(len(s), 1 / len(s))) @ s for c, s in zip(times.T, sums))
-    return (total[:, :-1] / total[:, -1:]).reshape(n, *values.shape[1:]), len(sums) if len(sums) > 1 else len(sums[0])
-
-def _percentiles(draws, units, level):
-    "Low and high percentile of the draws, as far out as so few units demand; NaN when there is one unit only."
-    if units < 2: return np.full((2, *draws.shape[1:]), np.nan)
-    tail = norm.sf(np.sqrt(units / (units - 1)) * student.ppf((1 + level) / 2, units - 1))
-    return np.quantile(draws, [tail, 1 - tail], axis=0)
-
-def bootstrap_interval(
-    values,             # (n,) a score for each row, or (n, k)
-    group=None,         # (n,) the slide, patient, … of each row
-    block=None,         # (n,) block inside the group; None = every row for itself
-    n: int = 1000,      # draws
-    level: float = .95, # of the interval
-    seed: int = 0,
-)->tuple:               # low, high: floats, or (k,) arrays; NaN when there is nothing to draw from but one unit
-    "Interval of the mean over rows: a two-level bootstrap with percentiles widened for few groups (Hesterberg 2015)."
-    low, high = _percentiles(*bootstrap_means(values, group, block, n, seed), level)
-    return (low, high) if np.ndim(low) else (float(low), float(high))
-
-def paired_difference(
-    a, b,                   # (n,) or (n, k): scores of the same rows
-    group=None, block=None, # (n,) what the bootstrap draws
-    n: int = 1000,          # draws
-    level: float = .95,
-    seed: int = 0,
-)->dict:                    # difference, low, high, above: floats, or (k,) arrays
-    "The mean of b minus a, its interval, and the share of draws in which b is above a (a tie is half)."
-    d = np.asarray(b, float) - np.asarray(a, float)
-    draws, units = bootstrap_means(d, group, block, n, seed)
-    low, high = _percentiles(draws, units, level)
-    return dict(difference=d.mean(0), low=low, high=high, above=(draws > 0).mean(0) + (draws == 0).mean(0) / 2)

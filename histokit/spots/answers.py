@@ -6,14 +6,13 @@
 __all__ = ['FoldAnswers', 'quick_models', 'smoothing_widths', 'out_of_fold', 'oof_ladder', 'TestAnswers', 'answer_test', 'submit',
            'read_truth', 'hidden_ladder', 'show_steps', 'Prediction', 'open_answers', 'run_prediction']
 
-# %% ../../nbs/spots/answers.ipynb #f967f039
+# %% ../../nbs/spots/answers.ipynb #76fdf7cb
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from ..core.compute import pick_device
 from ..core.runs import RunFolder
@@ -21,10 +20,9 @@ from ..core.submission import check_submission, read_submission, write_submissio
 from ..core.text import BadInput
 from ..frozen.heads import fit_ridge, set_linear
 from ..learn.batches import predict, predict_views
-from ..learn.ladder import ladder
-from ..learn.scores import mean_spearman
+from ..learn.scores import mean_spearman, row_ranks
 from .cache import SlideCache
-from .ladder import constants, standard_rungs
+from .ladder import new_slide_rungs, spot_ladder, standard_rungs
 from .lattice import neighbour_labels, smooth
 from .maps import show_maps
 from .network import create_model, load_model, save_model
@@ -126,7 +124,7 @@ def smoothing_widths(
         found[k] = choose_width(inner, folds.Y[rows], folds.train.iloc[rows])
     return found
 
-# %% ../../nbs/spots/answers.ipynb #9febdf4c
+# %% ../../nbs/spots/answers.ipynb #22496bcf
 def out_of_fold(
     folds: FoldAnswers,
     widths: dict,        # from `smoothing_widths`
@@ -147,7 +145,7 @@ def oof_ladder(
     "What needs no model, then each step of this one, on the training spots."
     train, Y = folds.train, folds.Y
     first = standard_rungs(Y, folds.fold, neighbour_labels(train, Y), folds.settings.seed)
-    return ladder(first | rungs, Y, train.slide, slide_blocks(train))
+    return spot_ladder(first | rungs, Y, train.slide, slide_blocks(train))
 
 # %% ../../nbs/spots/answers.ipynb #3847778c
 class TestAnswers(NamedTuple):
@@ -175,7 +173,7 @@ def submit(
     final = folds.transform(min(folds.extras))
     return write_submission(folds.run/"submission.csv", final.abundance(answers.ensemble), folds.names)
 
-# %% ../../nbs/spots/answers.ipynb #b97d08b3
+# %% ../../nbs/spots/answers.ipynb #1df2af08
 def read_truth(
     path,            # CSV in the layout of a submission
     folds: FoldAnswers,
@@ -193,26 +191,24 @@ def hidden_ladder(
 )->pd.DataFrame:
     "What needs no model, then each step of this one, on test spots whose truth is known."
     first, test, models = answers.by_fold[min(answers.by_fold)], folds.test, folds.models
-    rungs = {"random": np.random.default_rng(folds.settings.seed).random(truth.shape)}
-    rungs |= {n: np.tile(c, (len(truth), 1)) for n, c in constants(folds.Y).items()}
-    rungs["neighbour labels (oracle)"] = neighbour_labels(test, truth)
+    rungs = new_slide_rungs(folds.Y, truth, neighbour_labels(test, truth), folds.settings.seed)
     rungs[f"this model ({'one fold' if models else 'all slides'})"] = first[0]
     rungs[f"+ TTA ({folds.settings.views})"] = first.mean(0)
     rungs["+ smoothing"] = smooth(first.mean(0), test, answers.width)
     if models: rungs["+ ensemble of folds"] = answers.ensemble
-    return ladder(rungs, truth, test.slide, slide_blocks(test))
+    return spot_ladder(rungs, truth, test.slide, slide_blocks(test))
 
-# %% ../../nbs/spots/answers.ipynb #06026661
+# %% ../../nbs/spots/answers.ipynb #8cfa106d
 def show_steps(
     folds: FoldAnswers,
     rungs: dict,         # from `out_of_fold`
     n_slides: int = 2,
 ):                       # matplotlib Figure
     "The type whose rank varies most, in truth and after each step, on slides that the model did not train on."
-    t = int(rankdata(folds.Y, axis=1).std(0).argmax())
+    t = int(row_ranks(folds.Y).std(0).argmax())
     shown = folds.train.slide.isin(folds.factory.names("Train")[:n_slides]).to_numpy()
     maps = {"truth": folds.Y} | rungs
-    fig = show_maps(folds.train[shown].reset_index(drop=True), {n: rankdata(v, axis=1)[shown, t] for n, v in maps.items()})
+    fig = show_maps(folds.train[shown].reset_index(drop=True), {n: row_ranks(v)[shown, t] for n, v in maps.items()})
     fig.suptitle(f"Rank of {folds.factory.cell_types[t]} in the spot, on slides the model did not train on", fontsize=9)
     return fig
 

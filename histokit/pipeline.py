@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_r
            'Ask', 'task_parameters', 'resolve', 'stage_settings', 'check_values', 'absolute_paths', 'check_space',
            'stage_key', 'first_key', 'Progress', 'run_pipeline', 'report', 'demo_run']
 
-# %% ../nbs/06_pipeline.ipynb #be292108
+# %% ../nbs/06_pipeline.ipynb #45aa45af
 import hashlib, importlib, json, os, re, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from .core.files import atomic, cache_dir, file_fingerprint
-from .core.notebooks import PARAMETER_TYPES, call_ready, read_cells, run_notebook, stage_parameters, start_ready
+from .core.notebooks import PARAMETER_TYPES, read_cells, run_notebook, stage_parameters
+from .core.processes import call_ready, start_ready
 from .core.runs import RunFolder, StageBook, assets, package_fingerprint, provenance, run_lock
 from .core.text import BadInput, choose, did_you_mean
 

@@ -6,7 +6,7 @@
 __all__ = ['same_pictures', 'check_between_slides', 'check_table', 'constant_scores', 'tissue_colour', 'colour_pairs',
            'check_stains', 'SlideView', 'read_views', 'check_views', 'check_file']
 
-# %% ../../nbs/spots/check_file.ipynb #b34f0035
+# %% ../../nbs/spots/check_file.ipynb #27881a2c
 from collections import Counter
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from .layout import SPLITS, check_image, h5_child, is_target, open_h5
 from .slides import DataFactory, SlideInfo, check_inside, slide_info
 from .splits import assign_folds
 from ..tissue.colour import colour_difference, rgb_to_od
-from ..tissue.measure import measure, tissue_pixels
+from ..tissue.measure import measure_stain, tissue_pixels
 
 # %% ../../nbs/spots/check_file.ipynb #069d7e23
 def _detail(
@@ -190,12 +190,12 @@ def _table_notes(factory, shares):
         answer = f"a constant answer (mean rank of the other slides) scores {score:.3f} per spot"
         yield note(f"{answer}, leave-one-slide-out", "a model is worth what it adds to this", "spots/Train")
 
-# %% ../../nbs/spots/check_file.ipynb #cbabd4e0
+# %% ../../nbs/spots/check_file.ipynb #4dc220b0
 def tissue_colour(
     pixels: PixelSummary,
 )->dict:             # the report of `measure`, with the mean optical density `od` (3,) and its grey levels `rgb` (3,)
     "The colour of a slide's tissue, from its thumbnail."
-    report = measure(pixels.thumb, max_pixels=1 << 15)
+    report = measure_stain(pixels.thumb, max_pixels=1 << 15)
     tissue = tissue_pixels(pixels.thumb, report["white"])[0]
     if not len(tissue): return report | dict(od=None, rgb=None)
     od = rgb_to_od(tissue, report["white"]).mean(0)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'SpotData', 'open_spots', 'Fitted', 'Finetuning', 'EncodedSpots', 'FrozenHead', 'CrossValidation',
-           'keep_fold', 'clear_folds', 'cross_validate_finetuning', 'cross_validate_head', 'random_split', 'flattery',
-           'run_training']
+           'keep_fold', 'clear_folds', 'fit_fold', 'random_split', 'fold_job', 'gpus', 'how_many', 'fit_folds',
+           'cross_validate_finetuning', 'compare_splits', 'cross_validate_head', 'run_training']
 
-# %% ../../nbs/spots/crossval.ipynb #c3a76bd7
-import shutil
-from dataclasses import dataclass
+# %% ../../nbs/spots/crossval.ipynb #93ec2e42
+import os, shutil
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..core.compute import seed_everything
 from ..core.files import atomic, make_dir, write_json, write_table
+from ..core.processes import Job, side_by_side
 from ..core.runs import RunFolder
 from ..core.text import BadInput, numbers
 from ..frozen.features import cached_features, mean_view
@@ -30,7 +31,7 @@ from ..learn.scores import mean_spearman
 from ..learn.trainer import Trainer
 from .cache import SlideCache
 from .context import ContextDataset, fit_context
-from .kriging import alike_features, centred_places, krige_fold, place_features, respects, slide_distance, with_places
+from .kriging import KrigingSettings, krige_fold, kriging_data
 from .lattice import neighbour_table
 from .network import create_model, save_model
 from .patches import Augmentation, PatchDataset, PatchSampler, normalised_coords, patch_size
@@ -184,7 +185,7 @@ class EncodedSpots:
         "(n, D) float32 of each view."
         return [np.asarray(v[rows], np.float32) for v in self.views]
 
-# %% ../../nbs/spots/crossval.ipynb #d82b8a5c
+# %% ../../nbs/spots/crossval.ipynb #f0ec9abf
 @dataclass
 class FrozenHead:
     "Fits a head on what a frozen encoder saw; rows are those of the table of all spots."
@@ -197,7 +198,7 @@ class FrozenHead:
         self.views = len(self.encoded.views) if self.by_view else 1
         xy = self.data.spots[["x", "y"]].to_numpy()
         if self.settings.neighbours != "none": self.lattice = neighbour_table(xy, self.data.slide)
-        if self.method == "kriging": self._prepare_kriging(xy)
+        if self.method == "kriging": self._prepare_kriging()
 
     def group(self, rows)->np.ndarray:
         "What is left out together inside these training rows: patients or slides, or blocks of the only slide."
@@ -245,33 +246,29 @@ class FrozenHead:
         fit = fit_context(rows_of(train), self.group(train), score, s.neighbours, loss=s.loss, seed=s.seed, device=s.device)
         return [fit.predict(rows_of(out))], fit.inner, dict(fit.chosen)
 
-    def _prepare_kriging(self, xy):
+    def _prepare_kriging(self):
         "What all folds share: how alike slides and spots look, and how near spots lie."
-        d, blocks, s = self.data, self.encoded.blocks, self.settings
+        d, s = self.data, self.settings
         pitch = d.spots.slide.map({n: i.pitch_px for n, i in d.factory.slides.items()})
-        several = d.spots.groupby("patient").slide.nunique().max() > 1
-        tissue = d.spots.patient.to_numpy() if several else np.zeros(len(d.spots))
-        place = centred_places(xy, d.slide, pitch)
-        look = alike_features(respects(blocks, len(s.sizes_um), d.slide, place, s.pca))
-        self.candidates = with_places(look, place_features(place, tissue))
-        self.distance = slide_distance(blocks, d.slide)
-        self.patient_of = d.spots.groupby("slide").patient.first().to_dict()
+        self.kriging = KrigingSettings(slide_length_scale=s.slide_length_scale, order=s.order, pca=s.pca)
+        self.similar = kriging_data(self.encoded.blocks, len(s.sizes_um), d.spots, pitch, self.kriging)
 
     def _krige(self, values, train, out, within):
         "The level of slides that look alike, and the deviation of spots that do."
-        d, s = self.data, self.settings
-        units = np.full(len(d.spots), "", object)
+        units = np.full(len(self.data.spots), "", object)
         units[train] = self.group(train)
-        fit = krige_fold(self.candidates, values, d.slide, train, out, units, self.distance, s.reach, s.order, within, self.patient_of)
-        chosen = dict(candidate=fit["candidate"], penalty=float(np.median(fit["penalties"])), level=fit["level"])
-        return self._fitted(TargetTransform("rank").fit(values[train]), fit["answer"][None], train, fit["inner"], chosen)
+        settings = replace(self.kriging, within_slides=within)
+        fit = krige_fold(self.similar, values, train, out, unit=units, settings=settings)
+        chosen = dict(candidate=fit.candidate, penalty=float(np.median(fit.penalties)), level=fit.level)
+        return self._fitted(TargetTransform("rank").fit(values[train]), fit.answer[None], train, fit.inner, chosen)
 
-# %% ../../nbs/spots/crossval.ipynb #fbfec16d
+# %% ../../nbs/spots/crossval.ipynb #ddccf200
 @dataclass
 class CrossValidation:
     "Predictions of every spot by models that saw nothing of its slide."
     oof: np.ndarray              # (training spots, T)
     histories: dict              # fold -> table, of methods with epochs
+    flattery: dict               # what a random split would have read: random_split, held_out, spots
     answers: np.ndarray = None   # (V, all spots, T) of a frozen encoder's heads, test spots too; None for fine-tuning
 
 def keep_fold(
@@ -301,21 +298,89 @@ def clear_folds(
         if old.name not in {str(k) for k in folds}: shutil.rmtree(old)
     (run/"answers.npy").unlink(missing_ok=True)
 
-# %% ../../nbs/spots/crossval.ipynb #bb10ffad
+# %% ../../nbs/spots/crossval.ipynb #3004bdd4
+def fit_fold(
+    method: Finetuning,
+    k: int,              # fold; -1 = a split by random spots, of which nothing is kept
+    say=print,           # called with a line an epoch
+)->tuple:                # rows that were held out, their predictions as abundances, the history
+    "Train on the other slides, choose on an inner one, predict the held-out slide, keep the model."
+    d = method.data
+    if k < 0: train, choose, held = random_split(d, method.settings.seed)
+    else: train, choose, held = inner_split(d.train, k, d.widest)
+    name, folder = ("random split", "random_split") if k < 0 else (f"fold {k}", "")
+    fit = method.fit(train, choose, held, str(k), folder, lambda line: say(f"{name}  {line}"))
+    if k >= 0: keep_fold(method.run, k, fit, d, method.settings, fit.model)
+    return held, fit.transform.abundance(fit.answers[0]), fit.history
+
+def random_split(
+    data: SpotData, seed: int = 0,
+)->tuple:                # training rows: to train on, to choose on, to score on
+    "As many spots as the first fold holds out, drawn from all slides."
+    mixed = np.random.default_rng(seed).permutation(len(data.train))
+    size = int((data.fold == data.fold.min()).sum())
+    parts = mixed[size + size // 3:], mixed[size:size + size // 3], mixed[:size]
+    return tuple(np.sort(p) for p in parts)
+
+def fold_job(run, data_path, settings, network, k, say, slot):
+    "`fit_fold` in a process of its own, on a GPU of its own where there are several."
+    if settings.device in ("auto", "cuda") and gpus() > 1: settings = replace(settings, device=f"cuda:{slot % gpus()}")
+    method = Finetuning(open_spots(run, data_path, settings), settings, network, RunFolder(run))
+    return fit_fold(method, k, say)
+
+def gpus()->int:
+    "How many CUDA devices there are."
+    import torch
+    return torch.cuda.device_count()
+
+# %% ../../nbs/spots/crossval.ipynb #c4667031
+def how_many(
+    settings: TrainingSettings,
+    folds: int,
+)->tuple:                # processes, and threads of each (0 = as torch chooses)
+    "What `fold_processes` means on this machine."
+    n = settings.fold_processes
+    if n == 1: return 1, 0
+    cores = os.cpu_count() or 1
+    on_gpu = settings.device != "cpu" and gpus() > 0
+    n = min(n or (gpus() if on_gpu else cores), folds)
+    return n, 0 if on_gpu else max(cores // n, 1)
+
+def fit_folds(
+    method: Finetuning,
+    data_path: str,      # as for `open_spots`
+    say=print,
+)->dict:                 # fold (-1 = random split) -> what `fit_fold` gives
+    "Every fold and the split by random spots, one after another or side by side."
+    folds, s = [*method.data.folds(), -1], method.settings
+    n, threads = how_many(s, len(folds))
+    if n == 1: return {k: fit_fold(method, k, say) for k in folds}
+    jobs = [Job("histokit.spots.crossval:fold_job", (method.run.path, str(data_path), s, method.network, k), True) for k in folds]
+    return dict(zip(folds, side_by_side(jobs, n, threads, say)))
+
 def cross_validate_finetuning(
     method: Finetuning,
+    data_path: str = "", # as for `open_spots`
     say=print,           # called with a line an epoch
 )->CrossValidation:
-    "Train on the other slides, choose on an inner one, predict the held-out slide; for every fold."
-    d, out = method.data, CrossValidation(np.full(method.data.Y.shape, np.nan), {})
-    for k in d.folds():
-        train, choose, held = inner_split(d.train, k, d.widest)
-        fit = method.fit(train, choose, held, str(k), say=lambda line, k=k: say(f"fold {k}  {line}"))
-        out.oof[held] = fit.transform.abundance(fit.answers[0])
-        out.histories[f"fold {k}"] = fit.history
-        keep_fold(method.run, k, fit, d, method.settings, fit.model)
-    return out
+    "Train on the other slides, choose on an inner one, predict the held-out slide; for every fold, and for a random split."
+    d, found = method.data, fit_folds(method, data_path, say)
+    oof = np.full(d.Y.shape, np.nan)
+    for k in d.folds(): oof[found[k][0]] = found[k][1]
+    held, random, _ = found[-1]
+    histories = {f"fold {k}": found[k][2] for k in d.folds()}
+    return CrossValidation(oof, histories, flattery=compare_splits(d, held, random, oof))
 
+def compare_splits(
+    data: SpotData,
+    held,                # training rows that a split by random spots held out
+    random, oof,         # (held, T) predictions by that split; (training spots, T) by the honest one
+)->dict:
+    "What validation on random spots reads, beside what leaving out the slide reads, on the same spots."
+    truth = data.Y[held]
+    return dict(random_split=mean_spearman(random, truth), held_out=mean_spearman(oof[held], truth), spots=len(held))
+
+# %% ../../nbs/spots/crossval.ipynb #ba44ac3b
 def cross_validate_head(
     method: FrozenHead,
     run: RunFolder,
@@ -335,7 +400,10 @@ def cross_validate_head(
         say(f"fold {k}  {chosen}  left out inside: {fit.history.metric[0]:.4f}")
     if len(d.is_test): answers[:, d.is_test] = method.fit(d.is_train, d.is_test).answers
     with atomic(run/"answers.npy") as tmp: np.save(tmp, answers)
-    return CrossValidation(answers[0, d.is_train], {}, answers)
+    oof = answers[0, d.is_train]
+    train, choose, held = random_split(d, method.settings.seed)
+    random = method.fit(d.is_train[np.sort(np.r_[train, choose])], d.is_train[held], within=True)
+    return CrossValidation(oof, {}, compare_splits(d, held, random.answers[0], oof), answers)
 
 def _linear_model(method, network, fit):
     "The ridge as a model of its own, where the encoder is used as it is."
@@ -344,40 +412,14 @@ def _linear_model(method, network, fit):
     set_linear(model, fit.chosen["weight"], fit.chosen["bias"])
     return model
 
-# %% ../../nbs/spots/crossval.ipynb #13959ccb
-def random_split(
-    data: SpotData, seed: int = 0,
-)->tuple:                # training rows: to train on, to choose on, to score on
-    "As many spots as the first fold holds out, drawn from all slides."
-    mixed = np.random.default_rng(seed).permutation(len(data.train))
-    size = int((data.fold == data.fold.min()).sum())
-    parts = mixed[size + size // 3:], mixed[size:size + size // 3], mixed[:size]
-    return tuple(np.sort(p) for p in parts)
-
-def flattery(
-    method,              # Finetuning or FrozenHead
-    oof,                 # (training spots, T) of the honest cross-validation
-    say=print,
-)->dict:                 # random_split and held_out: mean per-spot Spearman on the same spots
-    "What validation on random spots reads, beside what leaving out the slide reads."
-    d = method.data
-    train, choose, held = random_split(d, method.settings.seed)
-    if isinstance(method, FrozenHead):
-        fit = method.fit(d.is_train[np.sort(np.r_[train, choose])], d.is_train[held], within=True)
-        found = fit.answers[0]
-    else:
-        fit = method.fit(train, choose, held, "random", "random_split", lambda line: say(f"random split  {line}"))
-        found = fit.transform.abundance(fit.answers[0])
-    return dict(random_split=mean_spearman(found, d.Y[held]), held_out=mean_spearman(oof[held], d.Y[held]), spots=len(held))
-
-# %% ../../nbs/spots/crossval.ipynb #e54caada
+# %% ../../nbs/spots/crossval.ipynb #462d7162
 def run_training(
     run: RunFolder,
     data_path: str,               # used where the run folder holds no prepared slides
     settings: TrainingSettings,
     network: dict,                # what `create_model` is asked
     say=print,
-)->tuple:                         # SpotData, CrossValidation, dict from `flattery`
+)->tuple:                         # SpotData, CrossValidation
     "Cross-validation by the method of the settings; the folds and out-of-fold predictions are written to the run."
     data = open_spots(run, data_path, settings)
     clear_folds(run, data.folds())
@@ -386,8 +428,8 @@ def run_training(
         found = cross_validate_head(method, run, network, say)
     else:
         method = Finetuning(data, settings, network, run)
-        found = cross_validate_finetuning(method, say)
+        found = cross_validate_finetuning(method, data_path, say)
     if not np.isfinite(found.oof).all(): raise BadInput("some training spots were predicted by no fold; look at the folds in spots.parquet")
     keys = data.train[["slide", "ID", "x", "y", "fold"]]
     run.write_table("oof.parquet", pd.concat([keys, pd.DataFrame(found.oof, columns=data.names)], axis=1))
-    return data, found, flattery(method, found.oof, say)
+    return data, found

@@ -56,7 +56,7 @@ def _check_registration(mode):
     if len(numbers(mode, "registration")) != 3:
         raise BadInput(f"registration={mode}: give auto, off, or scale,dx,dy; for some slides S_1:off;S_2:0.93,0,0")
 
-# %% ../../nbs/spots/settings.ipynb #bfed54de
+# %% ../../nbs/spots/settings.ipynb #c729c9da
 @dataclass(frozen=True)
 class StainSettings:
     "01_stain: how the slides are given one look."
@@ -67,9 +67,9 @@ class StainSettings:
     device: str = "auto"
 
     def __post_init__(self):
-        from histokit.tissue.measure import METHODS
+        from histokit.tissue.measure import STAIN_METHODS
         from histokit.tissue.normalise import STAIN_ENGINES
-        choose(self.stain_method, ("none", *METHODS), "stain_method")
+        choose(self.stain_method, ("none", *STAIN_METHODS), "stain_method")
         choose(self.stain_engine, STAIN_ENGINES, "stain_engine")
         check_device(self.device)
 
@@ -126,7 +126,7 @@ class NetworkSettings:
         names = ("backbone", "weights", "head", "fusion", "hidden", "dropout", "unfreeze", "backbone_args", "mean", "std", "pool")
         return {n: getattr(self, n) for n in names} | dict(scales=self.scales)
 
-# %% ../../nbs/spots/settings.ipynb #43f8f937
+# %% ../../nbs/spots/settings.ipynb #3cc6c34e
 METHODS_OF_LEARNING = ("finetune", "ridge", "pls", "kernel", "boost", "head", "kriging")
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class TrainingSettings:
     context_um: str = ""
     stages: str = ""
     neighbours: str = "none"
-    reach: float = .5
+    slide_length_scale: float = .5
     order: float = 1.
     cache_mb: int = 2000
     workers: int = 0
@@ -166,6 +166,7 @@ class TrainingSettings:
     compile: bool = False
     deterministic: bool = False
     save_every: int = 0
+    fold_processes: int = 1
     device: str = "auto"
     seed: int = 0
     progress: bool = False
@@ -194,8 +195,8 @@ class TrainingSettings:
         "Raise `BadInput` for a number that cannot be used."
         within(self, "epochs", "batch_size", "accumulate", "pca", low=1)
         within(self, "input_px", low=8)
-        within(self, "patch_px", "patience", "workers", "save_every", "cache_mb", low=0)
-        within(self, "clip", "weight_decay", "jitter", "reach", low=0)
+        within(self, "patch_px", "patience", "workers", "save_every", "cache_mb", "fold_processes", low=0)
+        within(self, "clip", "weight_decay", "jitter", "slide_length_scale", low=0)
         within(self, "lr_head", "lr_backbone", "patch_um", above=0)
         within(self, "rotate", low=0, high=180)
         within(self, "zoom", "ema", low=0, below=1)

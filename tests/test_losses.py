@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from histokit.core.text import BadInput
-from histokit.learn.losses import LOSSES, Loss, blend, mse, pick_engine, row_correlation, masked_ranks, soft_ranks, soft_spearman
+from histokit.learn.losses import LOSSES, Loss, blend, mse, pick_engine, row_correlation, soft_ranks, soft_spearman
+from histokit.learn.scores import row_ranks
 
 ENGINES = ["torch", "torchsort"]
 
@@ -65,11 +66,11 @@ def test_everything_masked_is_nothing(text):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_masked_ranks(engine):
+def test_soft_ranks_of_what_was_measured(engine):
     need(engine)
     x = torch.randn(5, 8, dtype=torch.float64) * 10; mask = torch.rand(5, 8) < .6; mask[:, 0] = True
-    for row, m, soft, hard in zip(x, mask, soft_ranks(x, .5, engine, mask), masked_ranks(x, mask)):
-        assert torch.allclose(soft[m], soft_ranks(row[m][None], .5, engine)[0], atol=1e-9) and torch.equal(hard[m], masked_ranks(row[m][None])[0])
+    for row, m, soft, hard in zip(x, mask, soft_ranks(x, .5, engine, mask), row_ranks(x, mask)):
+        assert torch.allclose(soft[m], soft_ranks(row[m][None], .5, engine)[0], atol=1e-9) and torch.equal(hard[m], row_ranks(row[m][None])[0])
 
 
 def test_nan_is_never_silent():
@@ -137,10 +138,10 @@ def test_says_what_it_is(loss):
 @pytest.mark.parametrize("text", ["mse", "huber", "pearson_rows", "pairwise_rank", "soft_spearman(engine=torch)", "mse -> soft_spearman(engine=torch)"])
 def test_learns_a_known_ranking(text):
     "Free predictions find the order of what was measured, and of nothing else."
-    wanted = masked_ranks(torch.randn(6, 10)) / 5; mask = torch.rand(6, 10) < .8
+    wanted = row_ranks(torch.randn(6, 10)) / 5; mask = torch.rand(6, 10) < .8
     free, loss = torch.randn(6, 10, requires_grad=True), Loss(text, masked=True); start = free.detach().clone()
     opt = torch.optim.Adam([free], lr=.05)
     for step in range(200): opt.zero_grad(); loss.at(step / 199)(free, wanted.masked_fill(~mask, torch.nan)).backward(); opt.step()
-    ranks = [masked_ranks(x.detach(), mask).numpy() for x in (free, wanted)]
+    ranks = [row_ranks(x.detach(), mask).numpy() for x in (free, wanted)]
     assert np.mean([np.corrcoef(a[m], b[m])[0, 1] for a, b, m in zip(*ranks, mask.numpy())]) > .98
     assert torch.equal(free.detach()[~mask], start[~mask])

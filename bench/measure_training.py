@@ -26,7 +26,8 @@ from histokit.frozen.network_head import FeatureDataset, HeadModel, fit_head, he
 from histokit.frozen.parts import Stages
 from histokit.frozen.features import cached_features, mean_view
 from histokit.frozen.heads import fit_boost, fit_kernel, fit_pls, fit_ridge
-from histokit.spots.kriging import alike_features, centred_places, krige_fold, look_features, place_features, respects, slide_distance, with_places
+from histokit.spots.kriging import (KrigingData, KrigingSettings, appearance_features, appearances, centred_places, krige_fold,
+    place_features, similarity_features, slide_distance, with_places)
 from histokit.learn.bootstrap import mean_difference
 from histokit.learn.scores import mean_spearman, row_ranks, spearman_columns, spearman_rows
 from histokit.learn.losses import Loss
@@ -44,7 +45,7 @@ def features(a, factory, spots):
     sizes = tuple({n: patch_size(um, s.um_per_px) for n, s in factory.slides.items()} for um in a.scales)
     data = PatchDataset(spots, PatchSampler(SlideCache(factory.path), sizes, a.input_px), coords=normalised_coords(spots))
     beside = Path(a.file).with_name("stain.json")                      # in a run folder: the same key as the run's own features
-    return cached_features(encoder, data, a.views, a.cache, stain=read_json(beside) if beside.exists() else None), encoder, max(max(s.values()) for s in sizes)
+    return cached_features(encoder, data, a.views, a.cache, prepared=read_json(beside) if beside.exists() else None), encoder, max(max(s.values()) for s in sizes)
 
 
 def ideas(a, factory, spots, fold, views, encoder):
@@ -58,9 +59,9 @@ def ideas(a, factory, spots, fold, views, encoder):
     units = lambda r: unit if len(set(unit[r])) > 1 else slide
     pitch = spots.slide.map({n: s.pitch_px for n, s in factory.slides.items()})
     tissue = spots.patient.to_numpy() if spots.groupby("patient").slide.nunique().max() > 1 else np.zeros(len(spots))
-    place = centred_places(spots[["x", "y"]].to_numpy(), slide, pitch); near = place_features(place, tissue); kin = spots.groupby("slide").patient.first().to_dict()
-    apart, one, all_scales = slide_distance(blocks, slide), look_features(first, slide, 384), look_features(blocks, slide, 384)
-    seen = respects(blocks, len(a.scales), slide, place); gauss, likeness, lines = alike_features(seen[:len(a.scales)]), alike_features(seen), with_places(all_scales, near, (0, .3))
+    place = centred_places(spots[["x", "y"]].to_numpy(), slide, pitch); near = place_features(place, tissue); patient_of = spots.groupby("slide").patient.first().to_dict()
+    apart, one, all_scales = slide_distance(blocks, slide), appearance_features(first, slide, 384), appearance_features(blocks, slide, 384)
+    seen = appearances(blocks, len(a.scales), slide, place); gauss, likeness, lines = similarity_features(seen[:len(a.scales)]), similarity_features(seen), with_places(all_scales, near, (0, .3))
     both = with_places(likeness, near)
     table = neighbour_table(spots[["x", "y"]].to_numpy(), slide)
 
@@ -77,9 +78,14 @@ def ideas(a, factory, spots, fold, views, encoder):
         data = lambda rows: ContextDataset([of_view(v) for v in views], table, z, None, rows)
         return fit_context(data(r), group(r), mean_spearman, "attention", (5, 10)).predict(data(c))
 
-    def kriging(x, reach, order=0., marked=True):
-        "`marked`: the patient of each slide is known."
-        return lambda r, c: krige_fold(x, np.where(np.isin(np.arange(len(values)), r)[:, None], values, np.nan), slide, r, c, units(r), apart, reach, order, kin=kin if marked else None)["answer"]
+    def kriging(x, length_scale, order=0., known=True):
+        "`known`: the patient of each slide is known."
+        data = KrigingData(x if isinstance(x, list) else [x], slide, apart, patient_of if known else None)
+        settings = KrigingSettings(slide_length_scale=length_scale, order=order)
+        def go(r, c):
+            labels = np.where(np.isin(np.arange(len(values)), r)[:, None], values, np.nan)
+            return krige_fold(data, labels, r, c, unit=units(r), settings=settings).answer
+        return go
 
     def published(loss, lr, at_mean=False):
         "The head and the schedule of a published recipe on the frozen encoder, begun as it was published, or at the mean of the targets."
@@ -102,7 +108,7 @@ def ideas(a, factory, spots, fold, views, encoder):
         "kriging: look and place": kriging(lines, 0), "kriging: + level of slides that look alike": kriging(lines, .5),
         "kriging: + Gaussian likeness at each scale": kriging(with_places(gauss, near), .5), "kriging: + in each stage, and with neighbours": kriging(both, .5),
         "kriging: + maps in the order of each type (best)": kriging(both, .5, 1.),
-        **({"the same, patients not told apart": kriging(both, .5, 1., False)} if len(set(kin.values())) not in (1, len(kin)) else {}),
+        **({"the same, patients not told apart": kriging(both, .5, 1., False)} if len(set(patient_of.values())) not in (1, len(patient_of)) else {}),
         "kriging, smoothed over 0.7 pitches": smoothed,
         "published: squared error, rate 3e-4, begun at 0": published("mse", 3e-4), "the same, begun at the mean": published("mse", 3e-4, True),
         "published: soft Spearman, rate 1e-4, begun at 0": published("0.85*soft_spearman+0.15*mse", 1e-4), "the same, begun at the mean too": published("0.85*soft_spearman+0.15*mse", 1e-4, True)}

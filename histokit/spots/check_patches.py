@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['check_images', 'reference_patch', 'border_rows', 'check_centred', 'open_handles', 'same_items', 'check_dataset']
 
-# %% ../../nbs/spots/check_patches.ipynb #eb52ce6c
+# %% ../../nbs/spots/check_patches.ipynb #e3d5e4d8
 import h5py
 import numpy as np
 import torch
 
 from ..core.checks import error, located, warning
-from .patches import cut_patch, resize
+from .patches import cut_patch
+from .sampling import slide_shape
 
 # %% ../../nbs/spots/check_patches.ipynb #75e8d991
 _RANGE = "pass uint8, or floats in 0-1"
@@ -62,7 +63,7 @@ def check_images(
     wrong = _layout_error(a) or _range_error(a, top)
     return located([wrong] if wrong else _content_findings(a, top), where)
 
-# %% ../../nbs/spots/check_patches.ipynb #483dcf18
+# %% ../../nbs/spots/check_patches.ipynb #6158f1b3
 def _middle_third(image):
     "The middle third of (3, s, s) as float."
     s = image.shape[-1]
@@ -81,16 +82,16 @@ def reference_patch(
     side = dataset.patch_px[name]
     cut = cut_patch(dataset.slides, name, x + dx * side, y + dy * side, side)
     patch = torch.from_numpy(np.ascontiguousarray(cut)).permute(2, 0, 1)
-    return (resize(patch, px) if px and px != side else patch).numpy()
+    if not px or px == side: return patch.numpy()
+    return torch.nn.functional.interpolate(patch[None], size=(px, px), mode="bilinear", antialias=True)[0].numpy()
 
-# %% ../../nbs/spots/check_patches.ipynb #e0049614
+# %% ../../nbs/spots/check_patches.ipynb #d37d9252
 def border_rows(
     dataset,                 # HESpotDataset
 )->np.ndarray:               # (n,) bool
     "Spots whose patches overlap the border of their slide."
     half = np.array([dataset.patch_px[n] / 2 for n in dataset.slide])[:, None]
-    shape = getattr(dataset.slides, "shape", lambda name: dataset.slides[name].shape)
-    size = {n: shape(n)[1::-1] for n in set(dataset.slide)}
+    size = {n: slide_shape(dataset.slides, n)[1::-1] for n in set(dataset.slide)}
     far = np.array([size[n] for n in dataset.slide]) - half
     return ((dataset.xy < half) | (dataset.xy > far)).any(1)
 

@@ -179,14 +179,14 @@ def _prediction_findings(run, factory):
     scores = run.json_or("metrics.json") or run.json_or("train.json")
     return out + (check_ladder(scores["oof"]) if scores else [])
 
-# %% ../../nbs/spots/check_run.ipynb #fc7a0c02
+# %% ../../nbs/spots/check_run.ipynb #1cdb9217
 def _run_dataset(run, seen, spots):
     "The training spots' patches as the run's models see them, without augmentation; seen: DataFactory of the slides."
     extra = next((run.json(f"folds/{k}/config.json").get("extra", {}) for k in run.folds()), {})
     default = {n: patch_size(200, s.um_per_px) if np.isfinite(s.um_per_px) else 56 for n, s in seen.slides.items()}
     sides, out_px = extra.get("patch_px") or default, extra.get("input_px") or 64
     values = spots[seen.targets].to_numpy()
-    return HESpotDataset(spots, SlideCache(seen.path), sides, out_px, values, normalised_coords(spots))
+    return HESpotDataset(spots, SlideCache(seen.path), sides, out_px, target=values, coords=normalised_coords(spots))
 
 def check_run(
     run,                     # run folder

@@ -6,10 +6,10 @@
 __all__ = ['SCHEDULERS', 'TrainSettings', 'EpochMetrics', 'LearningRates', 'MicroBatches', 'be_deterministic', 'Trainer',
            'show_history']
 
-# %% ../../nbs/learn/trainer.ipynb #4ecf43af
+# %% ../../nbs/learn/trainer.ipynb #86800b65
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-import contextlib, hashlib, json, math, os, pickle, sys, time
+import contextlib, json, math, os, pickle, sys, time
 
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
@@ -19,7 +19,7 @@ import timm.layers
 import torch
 
 from ..core.compute import pick_device
-from ..core.files import atomic, plain, write_table
+from ..core.files import atomic, plain, sha256_of, write_table
 from ..core.text import BadInput, choose
 from .batches import SAMPLERS, Batches, batch_rows, checked_weights, predict, sampling_weights, seed_step, to_device
 from .devices import call_float32, open_accelerator, pick_precision
@@ -289,17 +289,15 @@ class _Step:
         what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         raise BadInput(f"{what} in batch {self.batch + 1} of epoch {self.epoch + 1}: {where}; {mend}")
 
-# %% ../../nbs/learn/trainer.ipynb #fb1dfb0b
+# %% ../../nbs/learn/trainer.ipynb #6e24980b
 def _fingerprint(*datasets)->str:
     "Changes when a dataset does, as far as its length, its own description, its targets and its weights show."
-    h = hashlib.sha1()
+    parts = []
     for d in datasets:
         described = type(d).__repr__ is not object.__repr__
-        h.update(f"{type(d).__name__} {d is not None and len(d)} {d if described else ''}".encode())
-        for name in ("target", "row_weight", "draw_weight"):
-            values = getattr(d, name, None)
-            if values is not None: h.update(np.ascontiguousarray(values))
-    return h.hexdigest()
+        parts += [type(d).__name__, -1 if d is None else len(d), repr(d) if described else ""]
+        parts += [getattr(d, name, None) for name in ("target", "row_weight", "draw_weight")]
+    return sha256_of(*parts)
 
 def _read_state(
     file,           # last.pt

@@ -158,7 +158,7 @@ class Finetuning:
         answer = lambda rows: predict(trainer.model, d.dataset(d.is_train[rows]), 64, trainer.device, workers=s.workers)[0]
         return Fitted(transform, transform.natural(answer(out))[None], choose, answer(choose), history, trainer.model)
 
-# %% ../../nbs/spots/crossval.ipynb #c54bdd70
+# %% ../../nbs/spots/crossval.ipynb #ab760140
 HEADS = dict(ridge=fit_ridge, pls=fit_pls, kernel=fit_kernel, boost=fit_boost, head=fit_head)
 
 class EncodedSpots:
@@ -176,7 +176,7 @@ class EncodedSpots:
         levels = numbers(settings.stages, "stages", int)
         self.encoder = Stages(model, levels, spread=True, final=True) if levels else model
         every = data.dataset(np.arange(len(data.spots)))
-        self.views = cached_features(self.encoder, every, settings.views, cache, stain=stain, device=settings.device,
+        self.views = cached_features(self.encoder, every, settings.views, cache, prepared=stain, device=settings.device,
             workers=settings.workers, amp=settings.amp)                  # one (n, D) array a view
         self.mean = mean_view(self.views)
         self.blocks = self.encoder.blocks(self.mean) if levels else [self.mean]

@@ -131,7 +131,7 @@ def test_load_in_another_process(tmp_path):
 def test_failed_save_leaves_the_earlier(tmp_path):
     model = create_model(3, "test_resnet", "none", "linear"); save_model(model, tmp_path/"m")
     before = (tmp_path/"m"/"model.safetensors").read_bytes()
-    with mock.patch("histokit.spots.network.save_file", side_effect=OSError(28, "No space left")), pytest.raises(BadInput, match="disk is full"): save_model(model, tmp_path/"m")
+    with mock.patch("histokit.learn.networks.save_file", side_effect=OSError(28, "No space left")), pytest.raises(BadInput, match="disk is full"): save_model(model, tmp_path/"m")
     assert (tmp_path/"m"/"model.safetensors").read_bytes() == before and len(list((tmp_path/"m").iterdir())) == 2
 
 
@@ -155,7 +155,7 @@ def test_scales(tmp_path, fusion):
     assert describe(model).parameters.sum() == sum(p.numel() for p in model.parameters())
     for further in ({}, dict(image2=y), dict(image2=y, image3=z, image4=x), dict(context=y)):
         with pytest.raises(BadInput, match="the model sees image, image2, image3 and was given"): model(x, coords, **further)
-    with pytest.raises(BadInput, match="at least one patch"): create_model(4, "test_resnet", "none", scales=0)
+    with pytest.raises(BadInput, match="at least one picture"): create_model(4, "test_resnet", "none", scales=0)
 
 
 def test_scales_are_what_the_sampler_gives():

@@ -58,7 +58,7 @@ def picture_names(
     "What a model's pictures are called among its inputs."
     return [f"image{i + 1}" if i else "image" for i in range(scales)]
 
-# %% ../../nbs/learn/networks.ipynb #58fe8bbc
+# %% ../../nbs/learn/networks.ipynb #9527f746
 class ImageModel(nn.Module):
     "Pictures (B, C, H, W), uint8, or float in 0-1, by name: image, image2, … -> (B, n_outputs)."
     part_names = {}     # attribute -> what `describe` calls it
@@ -93,7 +93,8 @@ class ImageModel(nn.Module):
         "Pooled features of the backbone, (B, D), those of further pictures beside them."
         if sorted(further) != sorted(self.pictures[1:]):
             given = ", ".join(["image", *further])
-            raise BadInput(f"the model sees {', '.join(self.pictures)} and was given {given}; give as many of each item")
+            raise BadInput(f"the model sees {', '.join(self.pictures)} and was given {given}; "
+                           "give as many pictures of each item")
         x = torch.cat([image, *(further[k] for k in self.pictures[1:])]) if further else image
         out = pooled(self.backbone, self.scaled(x), self.config["pool"])
         return out.unflatten(0, (len(self.pictures), -1)).transpose(0, 1).flatten(1) if further else out
@@ -179,7 +180,7 @@ def count_parameters(
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return dict(total=sum(n for n, _ in sizes), trainable=sum(n for n, trained in sizes if trained))
 
-# %% ../../nbs/learn/networks.ipynb #ec593776
+# %% ../../nbs/learn/networks.ipynb #d640378c
 def param_groups(
     model,                      # any module; what its attribute `backbone` holds is the backbone
     lr_backbone: float = 1e-5,  # learning rate of the backbone
@@ -196,9 +197,9 @@ def param_groups(
         name = "backbone" if id(p) in inside else "head"
         if p.ndim < 2 or inside.get(id(p)) in undecayed: name += ", no decay"
         groups.setdefault(name, []).append(p)
-    lr = dict(backbone=lr_backbone, head=lr_head)
+    rate = lambda name: lr_backbone if name.startswith("backbone") else lr_head
     decay = lambda name: 0. if "no decay" in name else weight_decay
-    return [dict(name=k, params=v, lr=lr[k.split(",")[0]], weight_decay=decay(k)) for k, v in groups.items()]
+    return [dict(name=k, params=v, lr=rate(k), weight_decay=decay(k)) for k, v in groups.items()]
 
 # %% ../../nbs/learn/networks.ipynb #c5142509
 def check_param_groups(
@@ -224,7 +225,7 @@ def _refuse(found):
     if found["foreign"] and not bad: bad = [f"{found['foreign']} parameters of another model"]
     if bad: raise BadInput(f"the optimizer does not fit the model: {'; '.join(bad)}; build it from param_groups(model)")
 
-# %% ../../nbs/learn/networks.ipynb #a9e0d342
+# %% ../../nbs/learn/networks.ipynb #90f7e91b
 def unwrap(
     model,     # possibly inside DistributedDataParallel or torch.compile
 ):             # the model itself
@@ -236,12 +237,14 @@ def trial_step(
     model,              # ImageModel
     loss,               # (pred, target) -> scalar
     input_px: int = 64, # side of the pictures, unless the backbone fixes it
+    *,
     n: int = 4,         # items
     seed: int = 0,      # of pictures and targets
     target = None,      # (n, …) as the loss takes it; None = standard normal, (n, n_outputs)
 )->float:               # the loss
     "One step forward and back on random pictures; `BadInput` where a trainable parameter gets no finite gradient."
-    g, kept = torch.Generator().manual_seed(seed), {k: v.clone() for k, v in model.named_buffers()}
+    g, mode = torch.Generator().manual_seed(seed), model.training
+    kept = {k: v.clone() for k, v in model.named_buffers()}     # statistics of batch-norms
     shape = (n, model.config["in_chans"], *(model.size or (input_px, input_px)))
     picture = lambda: torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
     inputs = dict(image=picture()) | model.other_inputs(n, g)
@@ -250,8 +253,8 @@ def trial_step(
     value = loss(model.train()(**inputs), target)
     value.backward()
     grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad(set_to_none=True)
-    for k, v in model.named_buffers(): v.copy_(kept[k])          # statistics of batch-norms
+    model.train(mode).zero_grad(set_to_none=True)
+    for k, v in model.named_buffers(): v.copy_(kept[k])
     dead = [k for k, v in grads.items() if v is None or not v.isfinite().all()]
     if not dead: return value.item()
     said = f"{len(dead)} trainable parameters get no finite gradient ({some_of(dead)})"

@@ -19,9 +19,9 @@ from ..learn.networks import register_model, save_model
 
 _all_ = ["load_model", "picture_names", "save_model"]
 
-# %% ../../nbs/spots/network.ipynb #1154deab
+# %% ../../nbs/spots/network.ipynb #297a8393
 class CoordinateEncoder(nn.Module):
-    "Coordinates (B, n_coords) in [-1, 1] -> (B, width); `around=1` starts close to one, so that a product changes nothing."
+    "Coordinates (B, n_coords) in [-1, 1] -> (B, width); with `around=1` a product with it starts as the identity."
     def __init__(self, n_coords: int, width: int, n_waves: int = 3, hidden: int = 64, around: float = 0.):
         super().__init__()
         waves = math.pi / 2 * 2. ** torch.arange(n_waves)       # half a wave across the slide, then one, then two
@@ -87,7 +87,7 @@ class SpatialCellModel(ImageModel):
         "Random places."
         return dict(coords=torch.rand(n, self.config["n_coords"], generator=generator) * 2 - 1)
 
-# %% ../../nbs/spots/network.ipynb #e07dae4e
+# %% ../../nbs/spots/network.ipynb #bafa29fc
 def create_model(
     n_targets: int,              # cell types
     backbone: str = "resnet18",  # as `EncoderOptions` takes it
@@ -100,7 +100,7 @@ def create_model(
     scales: int = 1,             # patches of a spot, each of another size: image, image2, …
     hidden = "512,256",          # widths of the hidden layers of the head
     dropout: float = .3,         # in the head
-    **encoder,                   # further settings of `EncoderOptions`: unfreeze, in_chans, backbone_args, mean, std, pool
+    **encoder,                   # further settings of `EncoderOptions`: unfreeze, pool, mean, std, …
 )->SpatialCellModel:             # in training mode
     "An encoder with its preprocessing, the fusion and the head."
     choose(fusion, FUSIONS, "fusion")

@@ -6,11 +6,10 @@
 __all__ = ['mirror', 'cut_patch', 'patch_size', 'spot_diameter', 'side_table', 'PatchSampler', 'Augmentation',
            'normalised_coords', 'HESpotDataset', 'PatchDataset', 'show_patches']
 
-# %% ../../nbs/spots/patches.ipynb #2a80f386
-import ast, copy, functools, importlib.util, os
+# %% ../../nbs/spots/patches.ipynb #af6c0849
+import copy, functools, importlib.util, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from torch.utils.data import Dataset
 import numpy as np
@@ -252,7 +251,7 @@ def normalised_coords(
     spread = by.transform(lambda v: v.std(ddof=0) or 1.)
     return ((spots[["x", "y"]] - by.transform("mean")) / spread).to_numpy(np.float32).copy()
 
-# %% ../../nbs/spots/patches.ipynb #5515a886
+# %% ../../nbs/spots/patches.ipynb #206b7ca9
 def _as_sampler(slides, patch_px, out_px):
     "The sampler itself, or one that cuts squares of so many slide pixels."
     given = isinstance(slides, PatchSampler)
@@ -261,12 +260,6 @@ def _as_sampler(slides, patch_px, out_px):
     if given: return slides
     if patch_px is None: raise BadInput("patch_px is missing; give the side of a patch in pixels, or a PatchSampler")
     return PatchSampler(slides, (patch_px,), out_px)
-
-@functools.cache
-def _code_sha256():
-    "The hash of the code that cuts patches; comments do not count."
-    files = [importlib.util.find_spec(f"histokit.spots.{page}").origin for page in ("patches", "sampling")]
-    return sha256_of(*(ast.dump(ast.parse(Path(file).read_text())) for file in files))
 
 def _slides_sha256(slides):
     "The hash of the slides' pixels: of their file, or of the arrays."
@@ -361,13 +354,14 @@ class HESpotDataset(Dataset):
 
     def identity(self)->dict:
         "What features cached from it depend on: rows, geometry, pixels, augmentation, and the code that cuts patches."
-        s = self.sampler
+        from histokit.frozen.features import code_sha256
+        s, code = self.sampler, code_sha256("histokit.spots.patches", "histokit.spots.sampling")
         side = lambda name: dict(zip(s.inputs, s.sides[s.position[name]].tolist()))
         sides = {name: side(name) for name in sorted(set(self.slide))}
         rows = dict(n=len(self), rows=sha256_of(self.slide.tolist(), self.xy))
         geometry = dict(patch_px=sides, input_px=s.out_px, whole=bool(s.whole))
         augment = asdict(self.augment) if self.augment else None
-        return plain(rows | geometry | dict(slides=_slides_sha256(s.slides), augment=augment, code=_code_sha256()))
+        return plain(rows | geometry | dict(slides=_slides_sha256(s.slides), augment=augment, code=code))
 
 # %% ../../nbs/spots/patches.ipynb #1932f0c7
 class PatchDataset(HESpotDataset):

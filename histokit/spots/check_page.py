@@ -6,18 +6,18 @@
 __all__ = ['slide_rows', 'spot_picture', 'html_pictures', 'colour_rows', 'view_targets', 'target_rows', 'html_targets',
            'html_part', 'report_page', 'write_report']
 
-# %% ../../nbs/spots/check_page.ipynb #4da51f97
+# %% ../../nbs/spots/check_page.ipynb #41a593be
 import io
 from collections import Counter
 from pathlib import Path
 
-from scipy.stats import rankdata
 import numpy as np
 import pandas as pd
 
 from ..core.checks import FINDING_LEVELS, attempt, html_findings
 from ..core.files import atomic
 from ..core.page import Html, STYLE, data_uri, escaped, html_table
+from ..learn.scores import row_ranks
 from .check_file import SlideView, check_views, colour_pairs, constant_scores, read_views, tissue_colour
 from .maps import show_targets
 
@@ -66,7 +66,7 @@ def html_pictures(
     more = f"<p class=none>no room for {escaped(', '.join(left[:20]))}</p>" if left else ""
     return f"<div class=pictures>{''.join(out)}</div>{more}" if out else "<p class=none>no picture could be read</p>"
 
-# %% ../../nbs/spots/check_page.ipynb #ca89f647
+# %% ../../nbs/spots/check_page.ipynb #c40d49f0
 def colour_rows(
     views,           # list of View
 )->list:
@@ -95,7 +95,7 @@ def target_rows(
     names, values,   # T names, (n, T)
 )->list:
     "Range, sparsity and mean rank of each target."
-    mean, rank = values.mean(1, keepdims=True), rankdata(values, axis=1).mean(0)
+    mean, rank = values.mean(1, keepdims=True), row_ranks(values).mean(0)
     return [{"target": n, "min": v.min(), "median": np.median(v), "max": v.max(), "zero": f"{(v == 0).mean():.0%}", "up to a tenth of the spot's mean": f"{(v <= .1 * mean[:, 0]).mean():.0%}",
         "mean rank in the spot": round(float(r), 1)} for n, v, r in zip(names, values.T, rank)]
 

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['check_predictions', 'check_smoothing', 'check_submission_file']
 
-# %% ../../nbs/spots/check_predictions.ipynb #f74d8564
+# %% ../../nbs/spots/check_predictions.ipynb #d6b06db0
 from pathlib import Path
 
-from scipy.stats import rankdata
 import numpy as np
 import pandas as pd
 
 from ..core.checks import attempt, error, located, note, warning
 from ..core.submission import check_submission, read_submission
+from ..learn.scores import row_ranks
 
-# %% ../../nbs/spots/check_predictions.ipynb #6cd7b4f5
+# %% ../../nbs/spots/check_predictions.ipynb #25da1d83
 def _variety_findings(values):
     "How many of the rows (n, T), and of their orders, differ."
     n, distinct = len(values), len(np.unique(values, axis=0))
-    orders = len(np.unique(rankdata(values, axis=1), axis=0))
+    orders = len(np.unique(row_ranks(values), axis=0))
     if n == 1: return                    # one test spot is no constant
     if distinct == 1:
         yield error("all spots have the same prediction",

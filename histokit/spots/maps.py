@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['show_slides', 'show_targets', 'rank_map', 'show_maps']
 
-# %% ../../nbs/spots/maps.ipynb #81ec50dd
-from scipy.stats import rankdata
+# %% ../../nbs/spots/maps.ipynb #bdb70757
 import numpy as np
+
+from ..learn.scores import row_ranks
 
 # %% ../../nbs/spots/maps.ipynb #3e50e74c
 def show_slides(
@@ -33,7 +34,7 @@ def show_slides(
     if color is not None: fig.colorbar(dots, ax=axes, label=label, shrink=.7)
     return fig
 
-# %% ../../nbs/spots/maps.ipynb #d712d80c
+# %% ../../nbs/spots/maps.ipynb #ea0b47f3
 def show_targets(
     values,               # (n, T) abundances
     names,                # the targets
@@ -44,17 +45,17 @@ def show_targets(
     fig, ax = plt.subplots(2, 1, figsize=(8, 3.6), sharex=True, layout="constrained"); i = np.arange(len(order))
     ax[0].vlines(i, q[0], q[4], color=".7"); ax[0].vlines(i, q[1], q[3], color="C0", lw=4); ax[0].plot(i, q[2], "w_", ms=4); ax[0].set_yscale("log")
     ax[0].set(ylabel="abundance", title="Targets are skewed over many orders of magnitude (5-95 %, 25-75 %)")
-    ax[1].bar(i, rankdata(values, axis=1).mean(0)[order], color="C1"); ax[1].set(ylabel="mean rank in the spot")
+    ax[1].bar(i, row_ranks(values).mean(0)[order], color="C1"); ax[1].set(ylabel="mean rank in the spot")
     ax[1].set_xticks(i, [names[j] for j in order], rotation=90, fontsize=6)
     return fig
 
-# %% ../../nbs/spots/maps.ipynb #5c9f2cd6
+# %% ../../nbs/spots/maps.ipynb #a7b0ac87
 def rank_map(
     factory,         # DataFactory
 )->tuple:            # (n,) ranks, nan for test spots; the position of the target
     "The rank within the spot of the target whose rank varies most."
     train = factory.spots.split.eq("Train").to_numpy()
-    ranks = rankdata(factory.spots.loc[train, factory.targets], axis=1)
+    ranks = row_ranks(factory.spots.loc[train, factory.targets])
     t = int(ranks.std(0).argmax()); out = np.full(len(train), np.nan); out[train] = ranks[:, t]
     return out, t
 

@@ -26,7 +26,7 @@ from .results import open_stage
 from .slides import DataFactory
 from .splits import check_split
 
-# %% ../../nbs/spots/check_run.ipynb #090048b3
+# %% ../../nbs/spots/check_run.ipynb #c1e354b8
 def _groups_apart(groups, fold):
     "The groups, such as slides, whose rows lie in more than one fold."
     return [g for g, f in pd.Series(fold).groupby(np.asarray(groups)) if f.nunique() > 1]
@@ -50,7 +50,8 @@ def _divided_slides(spots, fold, slides, patch_px, where):
     mixed = [n for n in slides if _neighbours_apart(spots, fold, n) > .3]
     if mixed:
         what = f"the spots of {', '.join(mixed)} are split at random: most have a neighbour in another fold"
-        return [error(what, "hold out whole slides; a random split reads about 0.2 too high", where)]
+        mend = "hold out whole slides; on random spots a model is scored on neighbours of what it was trained on"
+        return [error(what, mend, where)]
     mend = "hold out whole slides where there are enough: one slide's stain and tissue are on both sides"
     divided = warning(f"{', '.join(slides)} are in several folds", mend, where)
     return _overlaps(spots, fold, patch_px, where) or [divided]

@@ -171,30 +171,28 @@ def fuse_plan(
     rest = (unmix.T, inverse, plan.glass[:2], mix.T, base, (plan.low, plan.high), black)
     return FusedPlan(tables, *map(numbers, rest))
 
-# %% ../../nbs/tissue/repaint.ipynb #a7904ecb
+# %% ../../nbs/tissue/repaint.ipynb #f91c9866
 def _log_light(old, tables, r, g, b):
     "Logarithms of the light of (3n,) uint8 pixels, one channel each."
     for i in range(len(r)): r[i] = tables[0, old[3 * i]]
     for i in range(len(g)): g[i] = tables[1, old[3 * i + 1]]
     for i in range(len(b)): b[i] = tables[2, old[3 * i + 2]]
 
-def _product(row, a, b, c): return row[0] * a + row[1] * b + row[2] * c
-
-def _add_product(first, row, a, b, c): return first + a * row[0] + b * row[1] + c * row[2]
-
 def _mix_dyes(r, g, b, p):
     "Logarithms of the light (n,) to those of the new light, base 2, in place."
+    first, second = p.unmix
+    red, green, blue = p.mix
     zero = np.float32(0)
     for i in range(len(r)):
-        h0 = _product(p.unmix[0], r[i], g[i], b[i])
-        h1 = _product(p.unmix[1], r[i], g[i], b[i])
-        u0, u1 = p.inverse[0] * h0 + p.inverse[1] * h1, p.inverse[1] * h0 + p.inverse[2] * h1
-        c0 = max(min(u0, h0) - p.glass[0], zero)
-        c1 = max(min(u1, h1) - p.glass[1], zero)
-        light = max(min(r[i] + g[i] + b[i], p.ends[1]), p.ends[0])
-        r[i] = _add_product(p.base[0], p.mix[0], c0, c1, light)
-        g[i] = _add_product(p.base[1], p.mix[1], c0, c1, light)
-        b[i] = _add_product(p.base[2], p.mix[2], c0, c1, light)
+        x, y, z = r[i], g[i], b[i]
+        h0 = first[0] * x + first[1] * y + first[2] * z
+        h1 = second[0] * x + second[1] * y + second[2] * z
+        c0 = max(min(p.inverse[0] * h0 + p.inverse[1] * h1, h0) - p.glass[0], zero)
+        c1 = max(min(p.inverse[1] * h0 + p.inverse[2] * h1, h1) - p.glass[1], zero)
+        light = max(min(x + y + z, p.ends[1]), p.ends[0])
+        r[i] = p.base[0] + c0 * red[0] + c1 * red[1] + light * red[2]
+        g[i] = p.base[1] + c0 * green[0] + c1 * green[1] + light * green[2]
+        b[i] = p.base[2] + c0 * blue[0] + c1 * blue[1] + light * blue[2]
 
 def _exp2_bytes(level, out):
     "Two to the power of (n,) float32, right to 1e-7 of its value, cut to a whole number of 0-255."
@@ -208,7 +206,7 @@ def _exp2_bytes(level, out):
         power = f(1) + x * (f(.69315184) + x * power)
         out[i] = np.uint8(np.int32(power * f(1 << 23)) >> (np.int32(24) - n))
 
-# %% ../../nbs/tissue/repaint.ipynb #4f7aced8
+# %% ../../nbs/tissue/repaint.ipynb #2dee32d9
 def _find_ink(r, g, b, black, share):
     "The share of ink of each pixel from the logarithms of its light, and whether there is any."
     total = np.float32(0)
@@ -238,29 +236,25 @@ def repaint_fused(
 ):
     "Repaint pixels, a thousand at a time. Plain Python, which numba compiles."
     size = 1024
-    r, g, b = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    x, y, z = np.empty(size, np.uint8), np.empty(size, np.uint8), np.empty(size, np.uint8)
-    share = np.empty(size, np.float32)
+    light, share = np.empty((3, size), np.float32), np.empty(size, np.float32)
+    new = np.empty((3, size), np.uint8)
     for s in range(0, len(rgb), 3 * size):
         old = rgb[s:s + 3 * size]
         n = len(old) // 3
-        _log_light(old, plan.tables, r[:n], g[:n], b[:n])
-        ink = keep_ink and _find_ink(r[:n], g[:n], b[:n], plan.black, share[:n])
-        _mix_dyes(r[:n], g[:n], b[:n], plan)
-        _exp2_bytes(r[:n], x)
-        _exp2_bytes(g[:n], y)
-        _exp2_bytes(b[:n], z)
-        if ink:
-            _restore_channel(old, share[:n], 0, x)
-            _restore_channel(old, share[:n], 1, y)
-            _restore_channel(old, share[:n], 2, z)
-        _interleave(x, y, z, out[s:s + 3 * size])
+        r, g, b = light[0, :n], light[1, :n], light[2, :n]
+        _log_light(old, plan.tables, r, g, b)
+        ink = keep_ink and _find_ink(r, g, b, plan.black, share[:n])
+        _mix_dyes(r, g, b, plan)
+        for k in range(3):
+            _exp2_bytes(light[k, :n], new[k])
+            if ink: _restore_channel(old, share[:n], k, new[k])
+        _interleave(new[0], new[1], new[2], out[s:s + 3 * size])
 
-# %% ../../nbs/tissue/repaint.ipynb #b1bbce62
+# %% ../../nbs/tissue/repaint.ipynb #60dc875e
 @functools.cache
 def compiled_repaint():
     "`repaint_fused` compiled; `BadInput` where numba is not installed."
-    return compile_chain(ink_share, _log_light, _product, _add_product, _mix_dyes, _exp2_bytes, _find_ink,
+    return compile_chain(ink_share, _log_light, _mix_dyes, _exp2_bytes, _find_ink,
         _restore_channel, _interleave, repaint_fused, instead="auto")
 
 def _numba_painter(plan, n, keep_ink):

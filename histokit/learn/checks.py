@@ -5,33 +5,30 @@
 # %% auto #0
 __all__ = ['check_optimizer', 'modes_kept', 'check_norms', 'check_loss', 'check_rule', 'check_improves']
 
-# %% ../../nbs/learn/checks.ipynb #e9de9de4
+# %% ../../nbs/learn/checks.ipynb #c08d15dd
 import contextlib, warnings
 
 import numpy as np
 import torch
 
 from ..core.checks import error, located, note, warning
+from ..core.text import one_line, some_of
 from .networks import check_param_groups
 
-# %% ../../nbs/learn/checks.ipynb #a4b7ac40
-def _first(names):
-    "The first three of the names, as text."
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
+# %% ../../nbs/learn/checks.ipynb #5f42bf5a
 def _group_findings(missing, doubled, frozen, foreign):
     "What is wrong with an optimizer's groups, as `check_param_groups` counts it."
     rebuild = "build the groups with param_groups(model)"
     if missing:
         lost = f"{len(missing)} trainable parameters are not in the optimizer: they will never learn"
-        yield error(f"{lost} ({_first(missing)})", rebuild)
+        yield error(f"{lost} ({some_of(missing)})", rebuild)
     if doubled:
-        yield error(f"{len(doubled)} trainable parameters are in the optimizer twice ({_first(doubled)})", rebuild)
+        yield error(f"{len(doubled)} trainable parameters are in the optimizer twice ({some_of(doubled)})", rebuild)
     if foreign:
         yield error(f"{foreign} parameters in the optimizer are not the model's",
             "make the optimizer after the model, and after moving it")
     if frozen:
-        yield warning(f"{len(frozen)} frozen parameters are in the optimizer ({_first(frozen)})",
+        yield warning(f"{len(frozen)} frozen parameters are in the optimizer ({some_of(frozen)})",
             "harmless unless they were to be trained: set requires_grad")
 
 # %% ../../nbs/learn/checks.ipynb #6d499dba
@@ -56,7 +53,7 @@ def modes_kept(
     finally:
         for m, mode in modes.items(): m.training = mode
 
-# %% ../../nbs/learn/checks.ipynb #91e4b568
+# %% ../../nbs/learn/checks.ipynb #d00976ae
 def _moves_frozen_norm(module):
     "Whether a module is a batch-norm with frozen weights whose statistics move."
     if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm): return False
@@ -73,7 +70,7 @@ def check_norms(
         model.train()
         awake = [name for name, m in model.named_modules() if _moves_frozen_norm(m)]
     if not awake: return []
-    return [error(f"{len(awake)} frozen batch-norms are in training mode ({', '.join(awake[:3])})",
+    return [error(f"{len(awake)} frozen batch-norms are in training mode ({some_of(awake)})",
         "put them into eval() after each train(), as rest_frozen does", where)]
 
 # %% ../../nbs/learn/checks.ipynb #10d05ff7
@@ -116,7 +113,7 @@ def _takes(loss, *args):
     except Exception: return False     # refusing is what is hoped for
     return True
 
-# %% ../../nbs/learn/checks.ipynb #10820f4f
+# %% ../../nbs/learn/checks.ipynb #1087ef6e
 def check_loss(
     loss,                # (pred, target) -> scalar
     n_targets: int = 12,
@@ -127,8 +124,7 @@ def check_loss(
     pred, target = _loss_probe(n_targets, seed)
     try: values = _loss_values(loss, pred, target)
     except Exception as e:
-        said = str(e).splitlines()[0][:120] if str(e) else ""
-        return [error(f"the loss fails on a table of 6 x {n_targets} ({type(e).__name__}: {said})",
+        return [error(f"the loss fails on a table of 6 x {n_targets} ({type(e).__name__}: {one_line(e)[:120]})",
             "it takes (spots, types) twice", where)]
     return located(_loss_findings(*values, _takes(loss, pred, target[:, :1])), where)
 

@@ -6,7 +6,7 @@
 __all__ = ['spot_findings', 'PixelSummary', 'summarise_pixels', 'pixel_findings', 'tissue_findings', 'lattice_turn',
            'check_targets', 'check_sparsity']
 
-# %% ../../nbs/spots/check_slides.ipynb #792ef657
+# %% ../../nbs/spots/check_slides.ipynb #c4898445
 from dataclasses import dataclass
 
 from scipy.spatial import cKDTree
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.checks import attempt, error, located, note, warning, worst_first
-from ..core.text import BadInput
+from ..core.text import BadInput, some_of
 from .lattice import measure_lattice
 from .layout import check_columns, check_values, is_target, read_spots
 from .slides import on_tissue
@@ -249,10 +249,8 @@ def lattice_turn(
     dx, dy = (xy[pairs[:, 1]] - xy[pairs[:, 0]]).T
     return float(np.degrees(np.angle(np.exp(6j * np.arctan2(dy, dx)).mean()) / 6))
 
-# %% ../../nbs/spots/check_slides.ipynb #6ee82c29
+# %% ../../nbs/spots/check_slides.ipynb #8fb478b8
 _NOT_TARGETS = ("x", "y", "ID", "Test_Set", "slide", "fold")
-
-def _named(names): return ", ".join(names[:4])
 
 def _type_errors(table, names):
     "Columns that cannot be targets, by their name or their type."
@@ -279,10 +277,10 @@ def _column_warnings(names, values):
     zero = [n for n, v in zip(names, values.T) if not v.any()]
     flat = [n for n, v in zip(names, values.T) if v.any() and np.ptp(v) == 0]
     if zero:
-        yield warning(f"{len(zero)} targets are zero everywhere ({_named(zero)})",
+        yield warning(f"{len(zero)} targets are zero everywhere ({some_of(zero, 4)})",
             "is the table complete? A target without values is learnt as last in every spot")
     if flat:
-        yield warning(f"{len(flat)} targets are the same everywhere ({_named(flat)})",
+        yield warning(f"{len(flat)} targets are the same everywhere ({some_of(flat, 4)})",
             "nothing can be learnt from them: drop them, or look at how they were made")
 
 def _row_warnings(values):

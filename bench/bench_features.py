@@ -12,14 +12,14 @@ import torch
 from histokit.frozen.features import cached_features
 from histokit.frozen.heads import fit_boost, fit_kernel, fit_pls, fit_ridge
 from histokit.frozen.network_head import FeatureDataset, HeadModel, fit_head
-from histokit.spots.tail import split_model
+from histokit.frozen.parts import split_model
 from histokit.spots.slides import DataFactory
 from histokit.spots.cache import SlideCache
 from histokit.spots.demo import smoke_demo
 from histokit.learn.losses import Loss
 from histokit.learn.scores import mean_spearman
 from histokit.spots.network import create_model
-from histokit.spots.patches import PatchDataset, PatchSampler
+from histokit.spots.patches import HESpotDataset, PatchSampler
 from histokit.learn.trainer import Trainer
 
 
@@ -36,7 +36,7 @@ def epochs(model, data, n, device):
 
 def head_epoch(factory, spots, Z, folder, device):
     "The head's epoch, uncached and cached."
-    patches = PatchDataset(spots, PatchSampler(SlideCache(factory.path), (40,), 224), Z)
+    patches = HESpotDataset(spots, PatchSampler(SlideCache(factory.path), (40,), 224), target=Z)
     model = create_model(Z.shape[1], "mobilenetv2_100", "none", unfreeze=0)
     uncached = min(epochs(model, patches, 2, device))
     fill, F = clock(lambda: cached_features(model, patches, "none", folder, device=device))
@@ -50,7 +50,7 @@ def head_epoch(factory, spots, Z, folder, device):
 
 def tail_epoch(factory, spots, Z, folder, device):
     "Training the last stage: whole model against the tail on cached activations."
-    patches = PatchDataset(spots, PatchSampler(SlideCache(factory.path), (40,), 224), Z)
+    patches = HESpotDataset(spots, PatchSampler(SlideCache(factory.path), (40,), 224), target=Z)
     model = create_model(Z.shape[1], "mobilenetv2_100", "none", unfreeze=1)
     frozen, tail = split_model(model)
     A = cached_features(frozen, patches, "none", folder, device=device)

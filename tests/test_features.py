@@ -12,14 +12,13 @@ from histokit.core.text import BadInput
 from histokit.frozen.features import (
     cached_features, code_identity, dataset_identity, feature_key, hash_pictures, list_features, view_list)
 from histokit.frozen.network_head import FeatureDataset
-from histokit.frozen.parts import Stages
 from histokit.learn.batches import BatchDataset
 from histokit.learn.losses import Loss
 from histokit.learn.networks import param_groups
 from histokit.learn.trainer import Trainer
 from histokit.spots.network import create_model
 from histokit.spots.patches import Augmentation, HESpotDataset, PatchSampler
-from histokit.spots.tail import FrozenPart, put_back, split_model
+from histokit.frozen.parts import FrozenPart, Stages, load_tail, split_model
 
 CHAINS = ["test_resnet", "test_convnext", "test_efficientnet", "test_byobnet", "test_mambaout", "test_nfnet"]
 
@@ -269,7 +268,7 @@ def test_tail_learns_what_the_whole_learns(name, unfreeze):
     fresh = copy.deepcopy(whole)
     for m, inputs in ((whole, (image, coords)), (tail, (held, coords))):
         optimizer = torch.optim.SGD(param_groups(m), lr=.01); Loss("mse")(m.train()(*inputs), target).backward(); optimizer.step()
-    moved = put_back(fresh, tail).state_dict()
+    moved = load_tail(fresh, tail).state_dict()
     assert all(torch.allclose(v, moved[k], atol=1e-4) for k, v in whole.state_dict().items())
     assert sum(p.numel() for p in tail.parameters()) < sum(p.numel() for p in whole.parameters())
     assert sum(p.requires_grad for p in tail.parameters()) == sum(p.requires_grad for p in whole.parameters())

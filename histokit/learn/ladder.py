@@ -39,7 +39,7 @@ def split_rungs(
     "Two rungs that show what a random split would have promised."
     return {name: Rung(held_out), RANDOM_SPLIT + name: Rung(random, "random split")}
 
-# %% ../../nbs/learn/ladder.ipynb #14c8ed29
+# %% ../../nbs/learn/ladder.ipynb #f223a573
 def rungs_of(
     table,           # from `ladder`, or read back from a file
     kind: str,       # of `RUNG_KINDS`
@@ -60,7 +60,7 @@ def skill_of(
     score: Score,
 ):                   # 0 for the best constant, 1 for a perfect answer
     "How much of the way from the best constant to a perfect answer is done."
-    return (value - constant) / (score.perfect - constant)
+    return (value - constant) / (score.perfect - constant) + 0.       # no -0
 
 # %% ../../nbs/learn/ladder.ipynb #99970e8b
 def _score_rung(name, rung, true, units, scores, bootstrap):

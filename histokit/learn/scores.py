@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core.text import BadInput
 
-# %% ../../nbs/learn/scores.ipynb #310928ae
+# %% ../../nbs/learn/scores.ipynb #6a6f151a
 def as_numpy(
     values,          # array, data frame, list, or tensor on any device
 )->np.ndarray:       # float64 where it was a tensor
@@ -35,7 +35,7 @@ def _floats(values, device=None):
     "Float64 as an array, or on the device (float32 on mps, which has no more)."
     if device is None: return np.asarray(values, float)
     import torch
-    values = values.detach() if hasattr(values, "detach") else torch.from_numpy(np.asarray(values, float))
+    values = values.detach() if hasattr(values, "detach") else torch.from_numpy(np.array(values, float))
     return values.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 def _as_table(values):

@@ -94,7 +94,7 @@ def score_submission(
     check_submission(submission, len(truth), targets)
     return PER_SPOT.rows(submission[targets].to_numpy(), truth[targets].to_numpy())
 
-# %% ../../nbs/spots/results.ipynb #e20f45d9
+# %% ../../nbs/spots/results.ipynb #a0b8919e
 ROW_KEYS = ["slide", "ID", "x", "y", "fold"]
 
 @dataclass(frozen=True)
@@ -116,7 +116,14 @@ class RunResult:
         return bool((self.spots.groupby("slide").fold.nunique() == 1).all())
 
     @property
-    def keys(self)->list: return self.spots[["slide", "ID"]].to_numpy().tolist()
+    def slides(self)->list:
+        "The slides' names."
+        return self.spots.slide.unique().tolist()
+
+    @property
+    def keys(self)->list:
+        "The slide and ID of each spot."
+        return self.spots[["slide", "ID"]].to_numpy().tolist()
 
 # %% ../../nbs/spots/results.ipynb #712fb4fe
 def _run_parameters(run):
@@ -161,15 +168,15 @@ def read_run(
     about = dict(parameters=_run_parameters(run), rungs=rungs, flattery=flattery)
     return RunResult(run.path.resolve().name, run.path, both[ROW_KEYS], targets, pred, true, **about)
 
-# %% ../../nbs/spots/results.ipynb #c0a76888
+# %% ../../nbs/spots/results.ipynb #8c828665
 def _difference(a, b):
     "In what the data of two runs differ; '' where in nothing."
-    sets = dict(slides=[set(r.spots.slide) for r in (a, b)], targets=[set(r.targets) for r in (a, b)])
-    for what, (u, v) in sets.items():
-        only = u ^ v
+    for what in ("slides", "targets"):
+        only = set(getattr(a, what)) ^ set(getattr(b, what))
         if only: return f"{what} ({', '.join(sorted(only)[:6])} only in one of them)"
     if a.keys != b.keys: return f"spots ({len(a.spots)} and {len(b.spots)})"
-    same = np.allclose(a.true, b.true[:, [b.targets.index(t) for t in a.targets]], rtol=1e-6, atol=0)
+    order = [b.targets.index(t) for t in a.targets]
+    same = np.allclose(a.true, b.true[:, order], rtol=1e-6, atol=0)
     return "" if same else "true values"
 
 def check_same_data(
@@ -277,7 +284,7 @@ def format_comparison(
     if spots.any(): lines.append(_SPLIT_BY_SPOTS)
     return "\n".join(lines)
 
-# %% ../../nbs/spots/results.ipynb #e5a437da
+# %% ../../nbs/spots/results.ipynb #1caf63e7
 def _slide_scores(run, score):
     "The score on each slide."
     rows = run.spots.groupby("slide").indices
@@ -289,7 +296,7 @@ def _show_spread(ax, runs, score):
         values = score.rows(run.pred, run.true) if score.per_row else _slide_scores(run, score)
         ax.plot(np.sort(values), np.linspace(0, 1, len(values)), c=f"C{i}", label=run.name)
     of = "spot" if score.per_row else "slide"
-    ax.set(xlabel=f"{score.label or score.title}, of a {of}", ylabel=f"share of {of}s below")
+    ax.set(xlabel=f"score of a {of} ({score.label or score.title})", ylabel=f"share of {of}s below")
     ax.set_title(f"{of.capitalize()}s of each run", fontsize=9)
     ax.legend(fontsize=7)
 

@@ -24,7 +24,7 @@ from histokit.spots.targets import TargetTransform
 from histokit.spots.splits import assign_folds, check_split, slide_blocks
 from histokit.spots.patches import normalised_coords, patch_size
 from histokit.spots.network import create_model
-from histokit.spots.patches import PatchDataset, PatchSampler
+from histokit.spots.patches import HESpotDataset, PatchSampler
 from histokit.tissue.measure import METHODS, measure
 from histokit.tissue.jitter import RandomReference, StainJitter
 from histokit.tissue.colour import colour_difference
@@ -83,7 +83,7 @@ def encode(model, factory, spots, a, change=None, seed=0):
     sampler = PatchSampler(SlideCache(factory.path), ({n: patch_size(a.patch_um, s.um_per_px) for n, s in factory.slides.items()},), a.input_px)
     coords, out = normalised_coords(spots), None
     for name, rows in spots.groupby("slide").indices.items():
-        data = PatchDataset(spots.iloc[rows].reset_index(drop=True), sampler, coords=coords[rows])
+        data = HESpotDataset(spots.iloc[rows].reset_index(drop=True), sampler, coords=coords[rows])
         seen = Altered(model, change[name]) if change else model
         for view in VIEWS[a.views]:
             torch.manual_seed(1000*seed + int(rows[0]))

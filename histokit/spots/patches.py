@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['mirror', 'cut_patch', 'patch_size', 'spot_diameter', 'side_table', 'PatchSampler', 'Augmentation',
-           'normalised_coords', 'HESpotDataset', 'PatchDataset', 'show_patches']
+           'normalised_coords', 'HESpotDataset', 'show_patches']
 
 # %% ../../nbs/spots/patches.ipynb #af6c0849
 import copy, functools, importlib.util, os
@@ -362,12 +362,6 @@ class HESpotDataset(Dataset):
         geometry = dict(patch_px=sides, input_px=s.out_px, whole=bool(s.whole))
         augment = asdict(self.augment) if self.augment else None
         return plain(rows | geometry | dict(slides=_slides_sha256(s.slides), augment=augment, code=code))
-
-# %% ../../nbs/spots/patches.ipynb #1932f0c7
-class PatchDataset(HESpotDataset):
-    "For the time of the move."
-    def __init__(self, spots, sampler, target=None, coords=None, augment=None, seed=0):
-        super().__init__(spots, sampler, target=target, coords=coords, augment=augment, seed=seed)
 
 # %% ../../nbs/spots/patches.ipynb #85a18dce
 def show_patches(

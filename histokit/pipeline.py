@@ -7,14 +7,14 @@ __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_r
            'Ask', 'task_parameters', 'resolve', 'stage_settings', 'check_values', 'absolute_paths', 'check_space',
            'stage_key', 'first_key', 'Progress', 'run_pipeline', 'report', 'demo_run']
 
-# %% ../nbs/06_pipeline.ipynb #45aa45af
-import hashlib, importlib, json, os, re, shutil, time
+# %% ../nbs/06_pipeline.ipynb #1957ff0c
+import importlib, os, re, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
 
-from .core.files import atomic, cache_dir, file_fingerprint
+from .core.files import atomic, cache_dir, file_fingerprint, sha256_of
 from .core.notebooks import PARAMETER_TYPES, read_cells, run_notebook, stage_parameters
 from .core.processes import call_ready, start_ready
 from .core.runs import RunFolder, StageBook, assets, package_fingerprint, provenance, run_lock
@@ -54,7 +54,7 @@ TASKS = {t.name: t for t in [
 ]}
 STAGES = TASKS["spots"].names()
 
-# %% ../nbs/06_pipeline.ipynb #86fce44c
+# %% ../nbs/06_pipeline.ipynb #9b21494f
 def find_recipe(
     recipe: str,     # path of a YAML file, or the name of a recipe that comes with histokit
 )->Path:
@@ -63,7 +63,8 @@ def find_recipe(
     known = {p.stem: p for p in sorted(assets("params").glob("*.yaml"))}
     stem = re.sub(r"\.ya?ml$", "", Path(recipe).name)
     if recipe in known or (stem in known and Path(recipe).parent.name in ("params", "")): return known[stem]
-    raise BadInput(f"recipe {recipe} does not exist{did_you_mean(stem, known)}; give a YAML file or the name of a recipe")
+    near = did_you_mean(stem, known)
+    raise BadInput(f"recipe {recipe} does not exist{near}; give a YAML file or the name of a recipe")
 
 def read_recipe(
     path,                 # a YAML file of name: value
@@ -180,8 +181,9 @@ def check_values(
     "Raise `BadInput` for the first value, or pair of values, that a stage could not use."
     for stage in task.stages: stage_settings(stage, ask[stage.name])
 
-# %% ../nbs/06_pipeline.ipynb #b8e1c72d
+# %% ../nbs/06_pipeline.ipynb #2872bd2b
 PATHS = ("data_path", "truth_path", "weights")
+_OF_WEIGHTS = 'use none, package, a local file, or "" for the hub'
 WORDS = dict(data_path=("demo",), weights=("none", "package"))      # values that are no paths
 
 def absolute_paths(
@@ -194,12 +196,12 @@ def absolute_paths(
         if not value or value in WORDS.get(name, ()): continue
         path = Path(value).expanduser()
         if not path.exists():
-            mend = "; use none, package, a local file, or \"\" for the hub's" if name == "weights" else "; give the path of an existing file"
-            raise BadInput(f"{name}: {value} does not exist{mend}")
+            mend = _OF_WEIGHTS if name == "weights" else "give the path of an existing file"
+            raise BadInput(f"{name}: {value} does not exist; {mend}")
         found[name] = str(path.resolve())
     return ask.put(**found)
 
-# %% ../nbs/06_pipeline.ipynb #2d1a9053
+# %% ../nbs/06_pipeline.ipynb #6942e669
 def check_space(
     run,                  # folder of the run
     need: int,            # bytes that it will write, about
@@ -207,9 +209,10 @@ def check_space(
     "Raise `BadInput` where the disk has less room than the run will need."
     free = shutil.disk_usage(run).free
     if free < need:
-        raise BadInput(f"the run needs about {need / 1e9:.1f} GB and {run} has {free / 1e9:.1f} GB left; free some space, or give another --run-dir")
+        size = f"needs about {need / 1e9:.1f} GB and {run} has {free / 1e9:.1f} GB left"
+        raise BadInput(f"the run {size}; free some space, or give another --run-dir")
 
-# %% ../nbs/06_pipeline.ipynb #8481d407
+# %% ../nbs/06_pipeline.ipynb #7972d831
 WAYS = ("run_dir", "progress", "workers", "cache_mb")      # they change the way, not the result
 
 def stage_key(
@@ -219,7 +222,7 @@ def stage_key(
     "What the stage's results depend on, in one hash."
     code = ["".join(c["source"]) for c in read_cells(assets("nbs")/f"{stage}.ipynb") if c["cell_type"] == "code"]
     kept = {k: v for k, v in params.items() if k not in WAYS}
-    return hashlib.sha256(json.dumps([stage, kept, code, before], sort_keys=True).encode()).hexdigest()
+    return sha256_of(stage, kept, code, before)
 
 def first_key(
     ask: Ask, data: str,         # parameters, and the data's fingerprint
@@ -227,9 +230,9 @@ def first_key(
     "What all stages depend on: the data, the package and the files that parameters name."
     files = [ask.get(name, "") for name in ("weights", "truth_path")]
     parts = [data, package_fingerprint(), *(file_fingerprint(f) for f in files if f and Path(f).is_file())]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    return sha256_of(*parts)
 
-# %% ../nbs/06_pipeline.ipynb #ce728041
+# %% ../nbs/06_pipeline.ipynb #89e08ac0
 @dataclass
 class Progress:
     "How a run goes on: which stages, again or not, and who is told."
@@ -269,11 +272,12 @@ def _run_stages(run, task, ask, progress, name):
     for stage in progress.stages:
         try: key = _run_stage(run, task, stage, ask[stage], key, progress)
         except BadInput:
-            if stage == task.names()[-1]: progress.show(task.call("report", run))    # what was scored comes before what the checks object to
+            if stage == task.names()[-1]: progress.show(task.call("report", run))    # scores before objections
             raise
     done = StageBook(run).read()
     took = {s: dict(seconds=done[s].seconds, peak_mb=done[s].peak_mb) for s in progress.stages}
-    run.write_json("run.json", dict(recipe=name, task=task.name, parameters=ask.flat(), data_sha256=data, stages=took, **provenance()))
+    run.write_json("run.json", dict(recipe=name, task=task.name, parameters=ask.flat(), data_sha256=data, stages=took,
+        **provenance()))
 
 def _run_stage(run, task, stage, params, before, progress):
     "Run one stage unless it is done; returns its key."
@@ -290,7 +294,7 @@ def _run_stage(run, task, stage, params, before, progress):
     progress.show(f"    {took['seconds']:.0f} s, {took['peak_mb']} MB")
     return key
 
-# %% ../nbs/06_pipeline.ipynb #99c44d4b
+# %% ../nbs/06_pipeline.ipynb #54b58fdb
 def report(
     run,             # folder of a finished run
 )->str:              # the ladders, and where things lie
@@ -299,7 +303,7 @@ def report(
     return TASKS[run.parameters.get("task", "spots")].call("report", run)
 
 def demo_run()->Path:
-    "A finished run of the demo to show: `$HISTOKIT_DEMO_RUN`, `runs/demo` of the clone, or else one at smoke size, made now and kept."
+    "A finished run of the demo to show: `$HISTOKIT_DEMO_RUN`, `runs/demo` of the clone, or else a small one, made now."
     from histokit.spots.demo import demo_paths, smoke_demo
     for run in (os.environ.get("HISTOKIT_DEMO_RUN"), assets("nbs").parent/"runs"/"demo"):
         if run and RunFolder(run).has("metrics.json") and RunFolder(run).has("run.json"): return Path(run)

@@ -13,7 +13,7 @@ from histokit.core.pictures import Picture, _half, _read_piece, as_picture, as_r
 from histokit.core.pictures import open_picture, picture_size, read_picture, read_rgb, write_picture
 from histokit.core.text import BadInput
 from histokit.stain import stain_image_file, stain_picture
-from histokit.tissue.measure import METHODS
+from histokit.tissue.measure import STAIN_METHODS
 from histokit.tissue.normalise import StainNormalizer
 
 tifffile = pytest.importorskip("tifffile")
@@ -317,7 +317,7 @@ def test_jpeg_without_its_codec(tmp_path, monkeypatch):
 
 # stain, from file to file
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STAIN_METHODS)
 def test_tile_by_tile_is_the_whole(tmp_path, method):
     normaliser = StainNormalizer(method).fit(SLIDE)
     save(tmp_path/"a.tif", OTHER, tile=(48, 32), **ZIP)

@@ -19,7 +19,7 @@ diff -u README.md "$tmp/README.md" || { echo "run: make readme"; exit 1; }
 if [ -d README_files ] || [ -d "$tmp/README_files" ]; then diff -r README_files "$tmp/README_files" || { echo "run: make readme"; exit 1; }; fi
 
 step "ruff"
-"$BIN/ruff" check --no-cache histokit tests
+"$BIN/ruff" check --no-cache histokit nbs tests bench
 "$BIN/ruff" check --no-cache --select F821 histokit
 
 step "the demo, by papermill with parameters"

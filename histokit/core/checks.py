@@ -73,14 +73,14 @@ def format_findings(
     "The findings as text."
     return "\n".join(map(str, worst_first(findings))) or "nothing found: all is well"
 
-# %% ../../nbs/core/checks.ipynb #36c525a9
+# %% ../../nbs/core/checks.ipynb #069fccb9
 def from_error(
     e: Exception,      # BadInput, or what a library raised
     where: str = "",
 )->Finding:
     "An exception as an error finding; a BadInput's line is split into what and mend."
     if not isinstance(e, BadInput):
-        what = f"cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        what = f"cannot be read ({type(e).__name__}: {one_line(e)[:200]})"
         return error(what, "the file is damaged; copy or make it again", where)
     what, _, mend = str(e).rpartition("; ")
     if not what: what, mend = mend, ""

@@ -16,7 +16,7 @@ from .files import write_error
 from .processes import ready_processes, share_server, without_main
 from .text import BadInput
 
-# %% ../../nbs/core/notebooks.ipynb #328d1002
+# %% ../../nbs/core/notebooks.ipynb #95c82ca4
 PARAMETER_TYPES = dict(int=int, float=float, str=str, bool=bool)
 
 class Parameter(NamedTuple):
@@ -40,7 +40,8 @@ def stage_parameters(
     "What a notebook's parameters cell declares."
     source = next(("".join(c["source"]) for c in read_cells(notebook) if is_parameters(c)), None)
     if source is None:
-        raise BadInput(f"{notebook} has no cell tagged 'parameters'; nbdev_clean strips the tag unless allowed_cell_metadata_keys = tags")
+        why = "nbdev_clean strips the tag unless allowed_cell_metadata_keys = tags"
+        raise BadInput(f"{notebook} has no cell tagged 'parameters'; {why}")
     found = re.findall(r"^(\w+)\s*:\s*(int|float|str|bool)\s*=\s*(.+?)\s*#\s*(.*)$", source, re.M)
     return {name: Parameter(kind, ast.literal_eval(value), about) for name, kind, value, about in found}
 
@@ -99,7 +100,7 @@ def _from_package(story, stage, module):
     source = f"from histokit.{module} import {', '.join(names)}"
     return [dict(cell_type="code", id="exported", metadata={}, source=source, outputs=[], execution_count=None)]
 
-# %% ../../nbs/core/notebooks.ipynb #bd490b26
+# %% ../../nbs/core/notebooks.ipynb #c10b5f54
 def _show_figures():
     "What matplotlib asks the environment when it is imported, asked again."
     import matplotlib
@@ -133,7 +134,7 @@ class _Process:
 @functools.cache
 def ready_kernel_manager():          # a class for nbclient's `kernel_manager_class`, or None
     "A manager whose kernels are copies of a process in which everything is imported."
-    from histokit.core.notebooks import _become_kernel as target      # by its place in the package, so that it can be sent
+    from histokit.core.notebooks import _become_kernel as target      # by its place, so that it can be sent
     context = ready_processes()
     if context is None: return None
     from jupyter_client import AsyncKernelManager
@@ -158,7 +159,7 @@ def ready_kernel_manager():          # a class for nbclient's `kernel_manager_cl
 
     return ReadyKernelManager
 
-# %% ../../nbs/core/notebooks.ipynb #96370c42
+# %% ../../nbs/core/notebooks.ipynb #b75680e8
 NEWS = re.compile(r"(fold|slide) \S+  |random split  ")     # how a line begins that is shown while a stage runs
 
 class _Echo:
@@ -205,9 +206,9 @@ def _execute(notebook, tmp, params, cwd, show):
     manager = ready_kernel_manager()
     try:
         source.write_text(json.dumps(nb))
-        papermill.execute_notebook(str(source), str(tmp), params, kernel_name="python3", progress_bar=False, cwd=str(cwd),
-            stdout_file=_Echo(show), extra_arguments=["--IPKernelApp.log_level=50"],
-            **(dict(kernel_manager_class=manager) if manager else {}))
+        more = dict(kernel_manager_class=manager) if manager else {}
+        papermill.execute_notebook(str(source), str(tmp), params, kernel_name="python3", progress_bar=False,
+            cwd=str(cwd), stdout_file=_Echo(show), extra_arguments=["--IPKernelApp.log_level=50"], **more)
     finally: source.unlink(missing_ok=True)
 
 def run_notebook(

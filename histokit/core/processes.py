@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from .compute import KERNEL_ENVIRONMENT
 
-# %% ../../nbs/core/processes.ipynb #a17d62f3
-PRELOADED = ("numpy", "pandas", "scipy.stats", "h5py", "matplotlib.pyplot", "torch", "torchvision", "timm", "ipykernel.kernelapp")
+# %% ../../nbs/core/processes.ipynb #bff4deef
+PRELOADED = ("numpy", "pandas", "scipy.stats", "h5py", "matplotlib.pyplot", "torch", "torchvision", "timm",
+    "ipykernel.kernelapp")
 
 @functools.cache
 def ready_processes():
-    "The context of multiprocessing whose processes start with everything imported; None where the system cannot copy a process."
+    "The context of multiprocessing whose processes start with everything imported; None where none can be copied."
     if "forkserver" not in multiprocessing.get_all_start_methods(): return None
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -46,7 +47,7 @@ def start_ready()->None:
     from multiprocessing import forkserver
     with without_main(): forkserver.ensure_running()
 
-# %% ../../nbs/core/processes.ipynb #ba298f79
+# %% ../../nbs/core/processes.ipynb #a9e728eb
 class Job(NamedTuple):
     "Work for a process of its own."
     function: str        # "module:name"; called with the arguments, and with `say` and `slot` where `talks`
@@ -88,7 +89,8 @@ class _Running:
         "The next message: kind and value."
         try: return self.pipe.recv()
         except EOFError:
-            return "raised", RuntimeError(f"{self.job.function} ended without an answer, most likely for want of memory")
+            why = "ended without an answer, most likely for want of memory"
+            return "raised", RuntimeError(f"{self.job.function} {why}")
 
     def end(self):
         self.process.terminate()

@@ -6,18 +6,18 @@
 __all__ = ['ASSETS', 'KEPT', 'REPORTED', 'RunFolder', 'assets', 'StageRecord', 'StageBook', 'package_fingerprint', 'run_lock',
            'installed_versions', 'git_commit', 'provenance']
 
-# %% ../../nbs/core/runs.ipynb #3339406d
-import contextlib, fcntl, hashlib, os, platform, shutil, subprocess, tempfile
+# %% ../../nbs/core/runs.ipynb #1ae45a58
+import contextlib, fcntl, os, platform, shutil, subprocess, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
 
 import histokit
-from .files import make_dir, read_json, save_figure, write_json, write_table
+from .files import make_dir, read_json, save_figure, sha256_of, write_json, write_table
 from .text import BadInput
 
-# %% ../../nbs/core/runs.ipynb #2942c19d
+# %% ../../nbs/core/runs.ipynb #fc4bec63
 class RunFolder:
     "The folder of a run: its files, its stages, its folds."
     def __init__(self,
@@ -66,7 +66,8 @@ class RunFolder:
         read = pd.read_csv if file.suffix == ".csv" else pd.read_parquet
         try: return read(file)
         except (OSError, ValueError) as e:
-            raise BadInput(f"{file} is not readable ({str(e).splitlines()[0]}); run {stage or 'its stage'} again") from None
+            why = str(e).splitlines()[0]
+            raise BadInput(f"{file} is not readable ({why}); run {stage or 'its stage'} again") from None
 
     def write_json(self, name: str, value)->Path: return write_json(self.path/name, value)
     def write_table(self, name: str, table)->Path: return write_table(self.path/name, table)
@@ -149,16 +150,14 @@ class StageBook:
     def _write(self, records):
         self.run.write_json("stages.json", {stage: asdict(record) for stage, record in records.items()})
 
-# %% ../../nbs/core/runs.ipynb #42c8cfd0
+# %% ../../nbs/core/runs.ipynb #5d3a3453
 def package_fingerprint(
     folder=None,      # of the package; None = this one
 )->str:
     "A hash of the package's own source, all wings of it."
-    home, h = Path(folder or Path(histokit.__file__).parent), hashlib.sha256()
-    for file in sorted(home.rglob("*.py")):
-        if "_assets" in file.parts: continue
-        h.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
-    return h.hexdigest()
+    home = Path(folder or Path(histokit.__file__).parent)
+    files = [file for file in sorted(home.rglob("*.py")) if "_assets" not in file.parts]
+    return sha256_of(*(part for file in files for part in (file.relative_to(home).as_posix(), file.read_bytes())))
 
 # %% ../../nbs/core/runs.ipynb #3dd96003
 @contextlib.contextmanager

@@ -6,7 +6,7 @@
 __all__ = ['FoldAnswers', 'quick_models', 'smoothing_widths', 'out_of_fold', 'oof_ladder', 'TestAnswers', 'answer_test', 'submit',
            'read_truth', 'hidden_ladder', 'show_steps', 'Prediction', 'open_answers', 'run_prediction']
 
-# %% ../../nbs/spots/answers.ipynb #76fdf7cb
+# %% ../../nbs/spots/answers.ipynb #0976d247
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -26,14 +26,14 @@ from .ladder import new_slide_rungs, spot_ladder, standard_rungs
 from .lattice import neighbour_labels, smooth
 from .maps import show_maps
 from .network import create_model, load_model, save_model
-from .patches import PatchDataset, PatchSampler, normalised_coords
+from .patches import HESpotDataset, PatchSampler, normalised_coords
 from .predict import choose_width
 from .results import open_stage
 from .settings import PredictionSettings
 from .splits import slide_blocks
 from .targets import TargetTransform
 
-# %% ../../nbs/spots/answers.ipynb #491b84eb
+# %% ../../nbs/spots/answers.ipynb #526e46cd
 class FoldAnswers:
     "The answers of a run's folds for any spots."
     def __init__(self,
@@ -55,10 +55,12 @@ class FoldAnswers:
         "Raise `BadInput` where folds and spots do not belong together."
         folds = sorted(np.unique(self.fold).tolist())
         if sorted(self.extras) != folds:
-            raise BadInput(f"models of folds {sorted(self.extras)}, but the spots have folds {folds}; run 03_train again")
+            what = f"models of folds {sorted(self.extras)}, but the spots have folds {folds}"
+            raise BadInput(f"{what}; run 03_train again")
         if self.kept is None: return
         if self.kept.shape[1:] != (len(self.spots), len(self.names)) or not np.isfinite(self.kept).all():
-            raise BadInput(f"answers.npy has shape {self.kept.shape} for {len(self.spots)} spots of {len(self.names)} types, or is not finite; run 03_train again")
+            what = f"shape {self.kept.shape} for {len(self.spots)} spots of {len(self.names)} types, or is not finite"
+            raise BadInput(f"answers.npy has {what}; run 03_train again")
 
     @cached_property
     def models(self)->dict:
@@ -83,7 +85,7 @@ class FoldAnswers:
         if self.kept is not None: return np.array(self.kept[:, rows])
         extra, s = self.extras[k], self.settings
         sampler = PatchSampler(self.slides, (extra["patch_px"], *extra.get("context_px", [])), extra["input_px"])
-        data = PatchDataset(self.spots.iloc[rows].reset_index(drop=True), sampler, coords=self.coords[rows])
+        data = HESpotDataset(self.spots.iloc[rows].reset_index(drop=True), sampler, coords=self.coords[rows])
         seen = predict_views(self.models[k], data, s.views, device=pick_device(s.device), workers=s.workers, amp=s.amp)
         return self.transform(k).natural(seen)
 
@@ -92,7 +94,7 @@ class FoldAnswers:
         table = self.run.table(f"folds/{k}/inner.parquet", "03_train")
         return table.row.to_numpy(), self.transform(k).natural(table[self.names].to_numpy())
 
-# %% ../../nbs/spots/answers.ipynb #22940a66
+# %% ../../nbs/spots/answers.ipynb #4a32c4e5
 def quick_models(
     run: RunFolder,
     factory, spots,      # as for `FoldAnswers`
@@ -103,13 +105,15 @@ def quick_models(
     Y, fold = train[factory.targets].to_numpy(), train.fold.to_numpy()
     model = create_model(len(factory.targets), "test_resnet.r160_in1k", "none", head="linear", unfreeze=0)
     sides, target = dict.fromkeys(factory.names(), patch_px), TargetTransform("rank").fit(Y)
-    x = predict(model, PatchDataset(train, PatchSampler(SlideCache(factory.path), (sides,), input_px)), encode=True)[0]
+    x = predict(model, HESpotDataset(train, PatchSampler(SlideCache(factory.path), (sides,), input_px)), encode=True)[0]
     for k in np.unique(fold):
         rows = np.flatnonzero(fold != k)
         fit = fit_ridge(x[rows], target.transform(Y[rows]), train.slide[rows], mean_spearman)
         set_linear(model, fit["weight"], fit["bias"])
-        save_model(model, run.fold_dir(k), extra=dict(fold=int(k), target=target.to_dict(), patch_px=sides, input_px=input_px))
-        run.write_table(f"folds/{k}/inner.parquet", pd.DataFrame(fit["inner"], columns=factory.targets).assign(row=rows))
+        kept = dict(fold=int(k), target=target.to_dict(), patch_px=sides, input_px=input_px)
+        save_model(model, run.fold_dir(k), extra=kept)
+        inner = pd.DataFrame(fit["inner"], columns=factory.targets)
+        run.write_table(f"folds/{k}/inner.parquet", inner.assign(row=rows))
 
 # %% ../../nbs/spots/answers.ipynb #1439edb1
 def smoothing_widths(
@@ -212,7 +216,7 @@ def show_steps(
     fig.suptitle(f"Rank of {folds.factory.cell_types[t]} in the spot, on slides the model did not train on", fontsize=9)
     return fig
 
-# %% ../../nbs/spots/answers.ipynb #2f3968e6
+# %% ../../nbs/spots/answers.ipynb #92b91f3c
 @dataclass
 class Prediction:
     "What the prediction stage found."
@@ -246,7 +250,7 @@ def run_prediction(
     known = truth_path and len(folds.is_test)
     hidden = hidden_ladder(folds, answers, read_truth(truth_path, folds)) if known else None
     flattery = run.json_or("train.json", {}).get("random_split")
-    run.write_json("metrics.json", dict(oof=oof.to_dict("records"), widths=widths, views=settings.views, random_split=flattery,
-        test=None if hidden is None else hidden.to_dict("records")))
+    run.write_json("metrics.json", dict(oof=oof.to_dict("records"), widths=widths, views=settings.views,
+        random_split=flattery, test=None if hidden is None else hidden.to_dict("records")))
     said = f"{len(folds.test)} rows by {len(answers.by_fold)} models, smoothed over {answers.width:g} pitches"
     return Prediction(folds, rungs, oof, hidden, said)

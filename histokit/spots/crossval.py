@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'SpotData', 'open_spots', 'Fitted', 'Finetuning', 'EncodedSp
            'keep_fold', 'clear_folds', 'fit_fold', 'random_split', 'fold_job', 'gpus', 'how_many', 'fit_folds',
            'cross_validate_finetuning', 'compare_splits', 'cross_validate_head', 'run_training']
 
-# %% ../../nbs/spots/crossval.ipynb #93ec2e42
+# %% ../../nbs/spots/crossval.ipynb #332a810c
 import os, shutil
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -34,13 +34,13 @@ from .context import ContextDataset, fit_context
 from .kriging import KrigingSettings, krige_fold, kriging_data
 from .lattice import neighbour_table
 from .network import create_model, save_model
-from .patches import Augmentation, PatchDataset, PatchSampler, normalised_coords, patch_size
+from .patches import Augmentation, HESpotDataset, PatchSampler, normalised_coords, patch_size
 from .results import open_stage
 from .settings import TrainingSettings
 from .splits import check_split, inner_split, slide_blocks
 from .targets import TargetTransform
 
-# %% ../../nbs/spots/crossval.ipynb #dabede0f
+# %% ../../nbs/spots/crossval.ipynb #c951f26c
 class SpotData:
     "The spots of a file or a run, their targets and folds, and the patches around them."
     def __init__(self,
@@ -57,7 +57,8 @@ class SpotData:
         self.block = slide_blocks(self.train)
         self.coords = normalised_coords(spots)
         self.sizes = [self._sides(um, i) for i, um in enumerate(settings.sizes_um)]
-        self.sampler = PatchSampler(SlideCache(factory.path, settings.cache_mb << 20), tuple(self.sizes), settings.input_px)
+        self.slides = SlideCache(factory.path, settings.cache_mb << 20)
+        self.sampler = PatchSampler(self.slides, tuple(self.sizes), settings.input_px)
 
     def _sides(self, um, i):
         "Slide -> side of a patch in pixels."
@@ -86,14 +87,15 @@ class SpotData:
         rows,              # of the table of spots
         target=None,       # (n, T) what to learn, or None
         augment=None,      # Augmentation, or None
-    )->PatchDataset:
+    )->HESpotDataset:
         "Patches of these spots."
         spots = self.spots.iloc[rows].reset_index(drop=True)
-        return PatchDataset(spots, self.sampler, target, self.coords[rows], augment)
+        return HESpotDataset(spots, self.sampler, target=target, coords=self.coords[rows], augment=augment)
 
     def geometry(self)->dict:
         "How patches were cut, for whoever uses the model later."
-        return dict(patch_px=self.sizes[0], context_px=self.sizes[1:], input_px=self.settings.input_px, patch_um=self.settings.patch_um)
+        kept = dict(input_px=self.settings.input_px, patch_um=self.settings.patch_um)
+        return dict(patch_px=self.sizes[0], context_px=self.sizes[1:], **kept)
 
 def open_spots(
     run,                          # run folder
@@ -114,7 +116,7 @@ class Fitted(NamedTuple):
     model: object = None          # to be kept, where there is one
     chosen: dict = {}             # what was chosen inside
 
-# %% ../../nbs/spots/crossval.ipynb #a1111b59
+# %% ../../nbs/spots/crossval.ipynb #7a41e5f8
 @dataclass
 class Finetuning:
     "Trains the whole model for each fold; rows are those of the training spots."
@@ -132,7 +134,8 @@ class Finetuning:
     def augmentation(self)->Augmentation:
         "How patches vary during training."
         s = self.settings
-        return Augmentation(rotate=s.rotate, quarter=not s.rotate, scale=(1 - s.zoom, 1 + s.zoom), colour=s.jitter / 2, stain=s.jitter)
+        geometry = dict(rotate=s.rotate, quarter=not s.rotate, scale=(1 - s.zoom, 1 + s.zoom))
+        return Augmentation(**geometry, colour=s.jitter / 2, stain=s.jitter)
 
     def trainer(self, model, score, folder, say)->Trainer:
         "The kit's trainer with the settings of this stage."
@@ -153,9 +156,12 @@ class Finetuning:
         transform = TargetTransform(s.target, s.standardise).fit(d.Y[train])
         Z = transform.transform(d.Y)
         score = lambda p, z: mean_spearman(transform.inverse(p), transform.inverse(z))
-        trainer = self.trainer(start_at(self.new_model(), Z[train].mean(0)), score, self.run/(folder or f"folds/{name}"), say)
-        history = trainer.fit(d.dataset(d.is_train[train], Z[train], self.augmentation()), d.dataset(d.is_train[choose], Z[choose]))
-        answer = lambda rows: predict(trainer.model, d.dataset(d.is_train[rows]), 64, trainer.device, workers=s.workers)[0]
+        model = start_at(self.new_model(), Z[train].mean(0))
+        trainer = self.trainer(model, score, self.run/(folder or f"folds/{name}"), say)
+        learnt = d.dataset(d.is_train[train], Z[train], self.augmentation())
+        history = trainer.fit(learnt, d.dataset(d.is_train[choose], Z[choose]))
+        look = dict(batch_size=64, device=trainer.device, workers=s.workers)
+        answer = lambda rows: predict(trainer.model, d.dataset(d.is_train[rows]), **look)[0]
         return Fitted(transform, transform.natural(answer(out))[None], choose, answer(choose), history, trainer.model)
 
 # %% ../../nbs/spots/crossval.ipynb #ab760140
@@ -185,7 +191,7 @@ class EncodedSpots:
         "(n, D) float32 of each view."
         return [np.asarray(v[rows], np.float32) for v in self.views]
 
-# %% ../../nbs/spots/crossval.ipynb #f0ec9abf
+# %% ../../nbs/spots/crossval.ipynb #9b3fe7e0
 @dataclass
 class FrozenHead:
     "Fits a head on what a frozen encoder saw; rows are those of the table of all spots."
@@ -243,7 +249,8 @@ class FrozenHead:
         learnt = np.zeros(self.data.values.shape)
         learnt[train] = z
         rows_of = lambda rows: ContextDataset(self.encoded.views, self.lattice, learnt, None, rows)
-        fit = fit_context(rows_of(train), self.group(train), score, s.neighbours, loss=s.loss, seed=s.seed, device=s.device)
+        how = dict(loss=s.loss, seed=s.seed, device=s.device)
+        fit = fit_context(rows_of(train), self.group(train), score, s.neighbours, **how)
         return [fit.predict(rows_of(out))], fit.inner, dict(fit.chosen)
 
     def _prepare_kriging(self):
@@ -262,7 +269,7 @@ class FrozenHead:
         chosen = dict(candidate=fit.candidate, penalty=float(np.median(fit.penalties)), level=fit.level)
         return self._fitted(TargetTransform("rank").fit(values[train]), fit.answer[None], train, fit.inner, chosen)
 
-# %% ../../nbs/spots/crossval.ipynb #ddccf200
+# %% ../../nbs/spots/crossval.ipynb #f65434e5
 @dataclass
 class CrossValidation:
     "Predictions of every spot by models that saw nothing of its slide."
@@ -280,7 +287,8 @@ def keep_fold(
 )->None:
     "Write what the next page needs of a fold."
     folder = make_dir(run.fold_dir(k))
-    extra = dict(fold=int(k), target=fit.transform.to_dict(), method=settings.method, views=settings.views, **data.geometry())
+    learnt = dict(target=fit.transform.to_dict(), method=settings.method, views=settings.views)
+    extra = dict(fold=int(k), **learnt, **data.geometry())
     if model is not None: save_model(model, folder, extra=extra)
     else:
         write_json(folder/"config.json", dict(extra=extra))
@@ -333,7 +341,7 @@ def gpus()->int:
     import torch
     return torch.cuda.device_count()
 
-# %% ../../nbs/spots/crossval.ipynb #c4667031
+# %% ../../nbs/spots/crossval.ipynb #73397d0d
 def how_many(
     settings: TrainingSettings,
     folds: int,
@@ -355,7 +363,8 @@ def fit_folds(
     folds, s = [*method.data.folds(), -1], method.settings
     n, threads = how_many(s, len(folds))
     if n == 1: return {k: fit_fold(method, k, say) for k in folds}
-    jobs = [Job("histokit.spots.crossval:fold_job", (method.run.path, str(data_path), s, method.network, k), True) for k in folds]
+    shared = (method.run.path, str(data_path), s, method.network)
+    jobs = [Job("histokit.spots.crossval:fold_job", (*shared, k), talks=True) for k in folds]
     return dict(zip(folds, side_by_side(jobs, n, threads, say)))
 
 def cross_validate_finetuning(
@@ -363,7 +372,7 @@ def cross_validate_finetuning(
     data_path: str = "", # as for `open_spots`
     say=print,           # called with a line an epoch
 )->CrossValidation:
-    "Train on the other slides, choose on an inner one, predict the held-out slide; for every fold, and for a random split."
+    "Every fold trained on the other slides and chosen on an inner one, and a split by random spots beside them."
     d, found = method.data, fit_folds(method, data_path, say)
     oof = np.full(d.Y.shape, np.nan)
     for k in d.folds(): oof[found[k][0]] = found[k][1]
@@ -380,14 +389,14 @@ def compare_splits(
     truth = data.Y[held]
     return dict(random_split=mean_spearman(random, truth), held_out=mean_spearman(oof[held], truth), spots=len(held))
 
-# %% ../../nbs/spots/crossval.ipynb #ba44ac3b
+# %% ../../nbs/spots/crossval.ipynb #9e5d7504
 def cross_validate_head(
     method: FrozenHead,
     run: RunFolder,
     network: dict,       # what `create_model` is asked, for the models that are kept
     say=print,           # called with a line a fold
 )->CrossValidation:
-    "Fit a head on the other slides and predict the held-out one, for every fold; the test spots by a head of all slides."
+    "A head fitted on the other slides predicts the held-out one, for every fold; a head of all slides the test spots."
     d = method.data
     answers = np.full((method.views, len(d.spots), len(d.names)), np.nan)
     for k in d.folds():
@@ -412,7 +421,7 @@ def _linear_model(method, network, fit):
     set_linear(model, fit.chosen["weight"], fit.chosen["bias"])
     return model
 
-# %% ../../nbs/spots/crossval.ipynb #462d7162
+# %% ../../nbs/spots/crossval.ipynb #9d147752
 def run_training(
     run: RunFolder,
     data_path: str,               # used where the run folder holds no prepared slides
@@ -429,7 +438,8 @@ def run_training(
     else:
         method = Finetuning(data, settings, network, run)
         found = cross_validate_finetuning(method, data_path, say)
-    if not np.isfinite(found.oof).all(): raise BadInput("some training spots were predicted by no fold; look at the folds in spots.parquet")
+    if not np.isfinite(found.oof).all():
+        raise BadInput("some training spots were predicted by no fold; look at the folds in spots.parquet")
     keys = data.train[["slide", "ID", "x", "y", "fold"]]
     run.write_table("oof.parquet", pd.concat([keys, pd.DataFrame(found.oof, columns=data.names)], axis=1))
     return data, found

@@ -38,7 +38,7 @@ def prepare_spots(
     spots.insert(9, "fold", assign_folds(spots, settings.split, settings.folds))
     return spots
 
-# %% ../../nbs/spots/prepare.ipynb #c62919d6
+# %% ../../nbs/spots/prepare.ipynb #a857b336
 def write_prepared(
     run: RunFolder,
     factory: DataFactory, spots,    # from `prepare_spots`
@@ -47,8 +47,8 @@ def write_prepared(
 )->None:
     "Write `spots.parquet` and `data.json`."
     run.write_table("spots.parquet", spots)
-    run.write_json("data.json", dict(data=str(factory.path.resolve()), targets=factory.targets, cell_types=factory.cell_types,
-        slides=[asdict(s) for s in factory.slides.values()], split=settings.split,
+    run.write_json("data.json", dict(data=str(factory.path.resolve()), targets=factory.targets,
+        cell_types=factory.cell_types, slides=[asdict(s) for s in factory.slides.values()], split=settings.split,
         registration={n: r.to_dict() for n, r in found.items()}))
 
 def draw_prepared(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.text import BadInput, choose, numbers
 
-# %% ../../nbs/spots/settings.ipynb #70a6c470
+# %% ../../nbs/spots/settings.ipynb #c20dced9
 def within(
     settings,             # an object with attributes
     *names: str,          # of the numbers to check
@@ -25,8 +25,8 @@ def within(
         bad = (low is not None and value < low) or (high is not None and value > high)
         bad |= (above is not None and value <= above) or (below is not None and value >= below)
         if not bad: continue
-        said = dict(low=f"at least {low}", high=f"at most {high}", above=f"more than {above}", below=f"less than {below}")
-        limits = [text for key, text in said.items() if dict(low=low, high=high, above=above, below=below)[key] is not None]
+        limits = {"at least": low, "at most": high, "more than": above, "less than": below}
+        limits = [f"{words} {limit}" for words, limit in limits.items() if limit is not None]
         raise BadInput(f"{name}={value}: give {' and '.join(limits)}")
 
 def settings_from(
@@ -78,7 +78,7 @@ def check_device(device: str)->None:
     from histokit.core.compute import pick_device
     pick_device(device)
 
-# %% ../../nbs/spots/settings.ipynb #2e96c6fa
+# %% ../../nbs/spots/settings.ipynb #89e01fd6
 @dataclass(frozen=True)
 class NetworkSettings:
     "02_model: the encoder, how the place joins in, the head."
@@ -115,7 +115,7 @@ class NetworkSettings:
         return 1 + len(numbers(self.context_um, "context_um"))
 
     def load_encoder(self)->None:
-        "Raise `BadInput` where the encoder is unknown, or its weights are not there or of another encoder; a hub is not asked."
+        "Raise `BadInput` for an unknown encoder, or weights that are not there or of another one; a hub is not asked."
         from histokit.learn.encoders import load_encoder, resolve_encoder
         asked = resolve_encoder(self.backbone, self.weights, self.backbone_args)
         if asked["weights"] == "" or Path(str(asked["weights"])).is_dir(): return
@@ -123,10 +123,11 @@ class NetworkSettings:
 
     def recipe(self)->dict:
         "What `create_model` is asked."
-        names = ("backbone", "weights", "head", "fusion", "hidden", "dropout", "unfreeze", "backbone_args", "mean", "std", "pool")
-        return {n: getattr(self, n) for n in names} | dict(scales=self.scales)
+        asked = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in ("context_um", "loss", "input_px"): del asked[name]
+        return asked | dict(scales=self.scales)
 
-# %% ../../nbs/spots/settings.ipynb #3cc6c34e
+# %% ../../nbs/spots/settings.ipynb #97fb04e4
 METHODS_OF_LEARNING = ("finetune", "ridge", "pls", "kernel", "boost", "head", "kriging")
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ class TrainingSettings:
         choose(self.views, VIEWS, "views")
         choose(self.neighbours, AROUND, "neighbours")
         if self.neighbours != "none" and self.method != "head":
-            raise BadInput(f"neighbours={self.neighbours} is for method=head; method={self.method} does not look at them")
+            what = f"neighbours={self.neighbours} is for method=head"
+            raise BadInput(f"{what}; method={self.method} does not look at them")
 
     def check_ranges(self)->None:
         "Raise `BadInput` for a number that cannot be used."
@@ -214,7 +216,7 @@ class TrainingSettings:
         "Sides of the patches around a spot, in micrometres."
         return (self.patch_um, *numbers(self.context_um, "context_um"))
 
-# %% ../../nbs/spots/settings.ipynb #36207b0a
+# %% ../../nbs/spots/settings.ipynb #a823c331
 @dataclass(frozen=True)
 class PredictionSettings:
     "04_tta_smoothing: second opinions, and how wide they are smoothed."
@@ -231,7 +233,8 @@ class PredictionSettings:
         choose(self.views, VIEWS, "views")
         within(self, "cache_mb", "workers", low=0)
         check_device(self.device)
-        if self.smoothing != "auto" and self.width < 0: raise BadInput(f"smoothing={self.smoothing}: give auto, or a width of at least 0 pitches")
+        if self.width < 0:
+            raise BadInput(f"smoothing={self.smoothing}: give auto, or a width of at least 0 pitches")
 
     @property
     def width(self)->float:

@@ -92,19 +92,21 @@ class EpochMetrics:
         "The metric that decides, larger is better."
         return self.sign * row[self.first]
 
-# %% ../../nbs/learn/trainer.ipynb #77fd1391
+# %% ../../nbs/learn/trainer.ipynb #8a506bec
 class LearningRates:
     "The learning rates of an optimizer: a warm-up from step to step, then a scheduler from epoch to epoch."
     def __init__(self,
         optimizer,
         settings,           # TrainSettings
+        lower_is_better: bool = False,   # of the metric that a plateau looks at
     ):
         self.optimizer, s = optimizer, settings
         self.warm_epochs = s.warmup if s.warmup >= 1 else s.warmup * s.epochs
         self.warm_whole = int(self.warm_epochs)
         kinds = torch.optim.lr_scheduler
         if s.scheduler == "plateau":
-            self.scheduler = kinds.ReduceLROnPlateau(optimizer, "max", factor=.5, patience=max(s.patience // 2, 1))
+            mode = "min" if lower_is_better else "max"
+            self.scheduler = kinds.ReduceLROnPlateau(optimizer, mode, factor=.5, patience=max(s.patience // 2, 1))
         elif s.scheduler == "cosine": self.scheduler = kinds.CosineAnnealingLR(optimizer, max(s.epochs - self.warm_whole, 1))
         else: self.scheduler = None
 
@@ -130,12 +132,12 @@ class LearningRates:
 
     def end_epoch(self,
         epoch: int,         # from 0
-        merit: float,       # larger is better
+        metric: float,      # of the epoch
     ):
         "Move the rates for the next epoch."
         if self.scheduler is None or epoch < self.warm_whole: return
-        by_merit = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        self.scheduler.step(*[merit] if by_merit else [])
+        by_metric = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        self.scheduler.step(*[metric] if by_metric else [])
 
 # %% ../../nbs/learn/trainer.ipynb #45ace9d1
 class MicroBatches:
@@ -357,7 +359,7 @@ class _State(_Step):
             if k in state: part.load_state_dict(state[k])       # another GPU may need a scaler where the last did not
         self.micro.at_once = min(self.micro.at_once, state["at_once"])
 
-# %% ../../nbs/learn/trainer.ipynb #3e509819
+# %% ../../nbs/learn/trainer.ipynb #94ddde0a
 def be_deterministic()->None:
     "Only kernels that give the same bits each time, for the rest of the program; one without such a kernel raises."
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # cuBLAS wants it
@@ -384,7 +386,7 @@ class Trainer(_State):
         self.folder = Path(folder) if folder else None
         self.optimizer = torch.optim.AdamW(param_groups(model, s.lr_backbone, s.lr_head, s.weight_decay))
         check_param_groups(model, self.optimizer)
-        self.rates = LearningRates(self.optimizer, s)
+        self.rates = None
         self.epoch, self.batch, self.step, self.rows, self.skipped = 0, 0, 0, 0, 0
         self.total, self.history, self.best, self.best_state = 0., [], None, None
 
@@ -447,7 +449,7 @@ class Trainer(_State):
         value, merit = row[self.metrics.first], self.metrics.merit(row)
         if keep or self.best is None or merit > self.metrics.sign * self.best:
             self.best, self.best_state = value, {k: v.detach().cpu().clone() for k, v in self.kept.state_dict().items()}
-        self.rates.end_epoch(self.epoch, merit)
+        self.rates.end_epoch(self.epoch, value)
         self.epoch += 1
         self.history.append(row)
         self.batch, self.total, self.rows = 0, 0., 0
@@ -466,6 +468,7 @@ class Trainer(_State):
         "Open the device, look at the data, and start every process from the first one's checkpoint or weights."
         if not len(train): raise BadInput("the training set is empty")
         self.metrics = EpochMetrics(None if val is None else self.metric)
+        self.rates = self.rates or LearningRates(self.optimizer, self.settings, self.metrics.sign < 0)
         self.data, self.draw_weight = _fingerprint(train, val), sampling_weights(train, self.settings.sampler)
         self.row_weight = getattr(train, "row_weight", None)
         if self.row_weight is not None:

@@ -6,8 +6,8 @@
 __all__ = ['COMPETITION_SPOTS', 'COMPETITION_TEST_SPOTS', 'LATENTS', 'spot_latents', 'Slide', 'make_slide', 'log_quantile',
            'normal_scores', 'type_weights', 'abundances', 'Demo', 'demo_paths', 'make_demo', 'show', 'smoke_demo']
 
-# %% ../../nbs/spots/demo.ipynb #70f29b7d
-import hashlib, importlib.util
+# %% ../../nbs/spots/demo.ipynb #9927db2d
+import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
-from ..core.files import atomic, cache_dir, make_dir, write_json, write_table
+from ..core.files import atomic, cache_dir, make_dir, sha256_of, write_json, write_table
 from ..core.text import BadInput
 from .lattice import VISIUM_PITCH_UM
 from .painting import CLASSES, CLASS_NUMBER, Geometry, Stain, Tissue, draw_stain, dye_maps, fiducials, geometry, grow_tissue, photograph, stamp, visium_lattice
@@ -286,13 +286,13 @@ def show(
     _draw_marginals(ax[2, 2], np.concatenate([[list(v)[2:] for v in r.tolist()] for r in records if target in r.dtype.names]))
     return fig
 
-# %% ../../nbs/spots/demo.ipynb #02515875
+# %% ../../nbs/spots/demo.ipynb #5642a0dc
 _SMOKE = dict(n_train=3, n_test=1, size=512, um_per_px=5., seed=1, coverage=1.15)
 
 def smoke_demo()->Path:       # the HDF5; `demo_paths` names what lies beside it
     "A tiny cached demo: 3 slides to train on, 1 to predict."
     source = b"".join(Path(importlib.util.find_spec(f"histokit.spots.{m}").origin).read_bytes() for m in ("painting", "demo"))
-    key = hashlib.sha256(source + repr(_SMOKE).encode()).hexdigest()[:10]
+    key = sha256_of(source, repr(_SMOKE))[:10]
     path = cache_dir()/f"smoke-{key}"/"demo.h5"
     if not all(p.exists() for p in demo_paths(path)): make_demo(path, **_SMOKE)
     return path

@@ -12,7 +12,7 @@ from histokit.core import pictures as pages
 from histokit.core.pictures import Picture, _half, _read_piece, as_picture, as_rgb, as_uint8
 from histokit.core.pictures import open_picture, picture_size, read_picture, read_rgb, write_picture
 from histokit.core.text import BadInput
-from histokit.stain import stain_image_file, stain_picture
+from histokit.spots.stain_files import stain_image_file, stain_picture
 from histokit.tissue.measure import STAIN_METHODS
 from histokit.tissue.normalise import StainNormalizer
 

@@ -169,7 +169,7 @@ def mirrored(a): return a.swapaxes(0, 1)
 def half_turn(a): return np.rot90(a, 2)
 def right_turn(a): return np.rot90(a, -1)
 TURNS = {1: np.asarray, 2: np.fliplr, 3: half_turn, 4: np.flipud, 5: mirrored, 6: right_turn,
-    7: lambda a: mirrored(half_turn(a)), 8: np.rot90}                                            # as EXIF defines tag 274
+    7: lambda a: mirrored(half_turn(a)), 8: np.rot90}                       # as EXIF defines tag 274
 
 @pytest.mark.parametrize("turn", TURNS)
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])

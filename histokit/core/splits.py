@@ -13,10 +13,10 @@ import pandas as pd
 
 from .text import BadInput
 
-# %% ../../nbs/core/splits.ipynb #c4e4bc1d
-def _codes(values, what):
-    "The number of each value in order of appearance, and the values; `BadInput` where one is missing."
-    codes, names = pd.factorize(np.asarray(values), use_na_sentinel=True)
+# %% ../../nbs/core/splits.ipynb #8dad5ddf
+def _codes(values, what, sort=False):
+    "The number of each value, in order of appearance or sorted, and the values; `BadInput` where one is missing."
+    codes, names = pd.factorize(np.asarray(values), sort=sort)
     missing = np.flatnonzero(codes < 0)
     if not missing.size: return codes, names
     raise BadInput(f"item {missing[0]} has no {what} ({missing.size} such items); fill it, or drop them")
@@ -77,7 +77,7 @@ def check_folds(
     leak = f"{what} '{shared.index[0]}' is in folds {where} ({len(shared)} such {what}s)"
     raise BadInput(f"leak: {leak}; hold out all items of a {what} together")
 
-# %% ../../nbs/core/splits.ipynb #341781fc
+# %% ../../nbs/core/splits.ipynb #d7f492c6
 def _check_classes(codes, classes, units, folds):
     "`BadInput` where a class has fewer units, items or groups, than there are folds."
     pairs = pd.DataFrame(dict(label=codes, unit=units)).drop_duplicates()
@@ -102,9 +102,9 @@ def stratified_folds(
 )->np.ndarray:       # (n,) int: the fold in which an item is held out
     "Folds in which each class has its share (StratifiedKFold, StratifiedGroupKFold of scikit-learn)."
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-    codes, classes = _codes(labels, "label")
+    codes, classes = _codes(labels, "label", sort=True)
     if folds < 2: raise BadInput(f"folds={folds}: one part cannot be held out of itself; use 2 or more")
-    units = np.arange(len(codes)) if groups is None else _codes(groups, "group")[0]
+    units = np.arange(len(codes)) if groups is None else _codes(groups, "group", sort=True)[0]
     _check_classes(codes, classes, units, folds)
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     splitter = kind(folds, shuffle=True, random_state=seed)

@@ -13,7 +13,7 @@ from histokit.spots import own_slides as own_slides_page
 from histokit.spots.h5ad import library_entry
 from histokit.core.text import BadInput
 from histokit.spots.slides import DataFactory
-from histokit.spots.spaceranger import COLUMNS, POSITIONS, PAINTED_TYPES, paint_outs, physical_scale, read_outs, read_positions, write_positions
+from histokit.spots.spaceranger import POSITION_COLUMNS, POSITION_FILES, PAINTED_TYPES, paint_outs, physical_scale, read_outs, read_positions, write_positions
 from histokit.core.table import as_texts
 from histokit.spots.h5ad import export_run, put_element, read_h5ad_slide, write_h5ad
 from histokit.spots.own_slides import import_visium
@@ -61,7 +61,7 @@ def same_as_painted(path, painted, scale=.5, name="S_1"):
 def test_each_version_of_the_folder(version, outs, painted, tmp_path):
     table = pd.read_csv(outs/"outs/spatial/tissue_positions.csv")
     (outs/"outs/spatial/tissue_positions.csv").unlink()
-    assert write_positions(outs/"outs/spatial", table, version).name == POSITIONS[3 - version]
+    assert write_positions(outs/"outs/spatial", table, version).name == POSITION_FILES[3 - version]
     result = import_visium(outs/"outs", outs/"proportions.csv", tmp_path/"a.h5")
     same_as_painted(tmp_path/"a.h5", painted)
     assert not result.warnings and result.cell_types == list(PAINTED_TYPES)
@@ -87,7 +87,7 @@ def visium_hd(folder, painted):
         spatial = folder/f"binned_outputs/square_{bins:03d}um/spatial"
         shutil.copytree(source, spatial, ignore=shutil.ignore_patterns("tissue_positions*"))
         r, c = np.mgrid[:10, :12].reshape(2, -1)
-        write_positions(spatial, pd.DataFrame(dict(zip(COLUMNS, ([f"s_{bins:03d}um_{i:05d}_{j:05d}-1" for i, j in zip(r, c)], np.ones(120, int), r, c, 300 + r * bins / um, 300 + c * bins / um)))), 3)
+        write_positions(spatial, pd.DataFrame(dict(zip(POSITION_COLUMNS, ([f"s_{bins:03d}um_{i:05d}_{j:05d}-1" for i, j in zip(r, c)], np.ones(120, int), r, c, 300 + r * bins / um, 300 + c * bins / um)))), 3)
         (spatial/"scalefactors_json.json").write_text(json.dumps(dict(bin_size_um=bins, microns_per_pixel=um, spot_diameter_fullres=bins / um, tissue_hires_scalef=.5, tissue_lowres_scalef=.2)))
     return folder
 

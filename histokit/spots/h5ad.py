@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_h5ad_slide', 'put_element', 'library_entry', 'spot_names', 'write_h5ad', 'export_run']
 
-# %% ../../nbs/spots/h5ad.ipynb #66dd83fd
+# %% ../../nbs/spots/h5ad.ipynb #4da8f89c
 from pathlib import Path
 
 import h5py
@@ -18,7 +18,7 @@ from ..core.table import as_texts, number_column
 from ..core.text import BadInput, choose, did_you_mean
 from .layout import SPLITS, open_h5
 from .results import run_predictions
-from .spaceranger import RawSlide, positive
+from .spaceranger import RawSlide, positive_factors
 from .tables import CELL2LOCATION_PREFIX
 
 # %% ../../nbs/spots/h5ad.ipynb #ea721060
@@ -45,7 +45,7 @@ def read_h5ad_slide(
     except (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as e:
         raise BadInput(f"{path} cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}); it is damaged, or not laid out as AnnData: copy it again, or write it with a current anndata") from None
 
-# %% ../../nbs/spots/h5ad.ipynb #35611eb4
+# %% ../../nbs/spots/h5ad.ipynb #a9f5c292
 def _read_h5ad(path, library, targets):
     with open_h5(path) as h5:
         for need in ("obs", "obsm/spatial", "uns/spatial"):
@@ -67,7 +67,7 @@ def _read_h5ad(path, library, targets):
         if isinstance(targets, str) and targets in tables: tables[targets] = _h5ad_table(h5, targets, obs, path)[own].rename_axis("barcode").reset_index()
         elif isinstance(targets, str) and not Path(targets).exists(): raise BadInput(f"{path}: no table '{targets}'{did_you_mean(targets, tables)}; give a key of obsm, obs:BEGINNING for columns of obs, or a file")
     positions = pd.DataFrame(dict(barcode=obs.index[own].astype(str), in_tissue=inside, x=xy[:, 0], y=xy[:, 1]))
-    return RawSlide(str(path), positions, positive(factors), images, tables)
+    return RawSlide(str(path), positions, positive_factors(factors), images, tables)
 
 # %% ../../nbs/spots/h5ad.ipynb #34a66fe4
 def _own_rows(obs, library, path):

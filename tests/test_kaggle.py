@@ -1,56 +1,85 @@
 "The Kaggle kernel: built, checked, and run as Kaggle would, in a folder that stands for /kaggle and without a network."
-import http.server, json, os, shutil, subprocess, sys, threading
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from histokit.core.text import BadInput
 from histokit.core.files import read_json, write_json
-from histokit.spots.slides import DataFactory
-from histokit.spots.demo import smoke_demo
-from histokit.kaggle import build_kernel, cargo, carried, check_kernel, upload_text
 from histokit.core.submission import check_submission, read_submission
+from histokit.core.text import BadInput
+from histokit.kaggle import build_kernel, cargo, carried, check_kernel, upload_text
+from histokit.spots.demo import smoke_demo
+from histokit.spots.slides import DataFactory
 
 REPO = Path(__file__).resolve().parent.parent
-SMALL = "backbone=test_resnet.r160_in1k patch_um=200 input_px=32 epochs=2 lr_head=0.003 lr_backbone=0.003 loss=0.85*soft_spearman+0.15*mse stain_method=vahadane"
+SMALL = ("backbone=test_resnet.r160_in1k patch_um=200 input_px=32 epochs=2 lr_head=0.003 lr_backbone=0.003 "
+         "loss=0.85*soft_spearman+0.15*mse stain_method=vahadane")
 LAYOUTS = ["el-hackathon-2025", "competitions/el-hackathon-2025", "datasets/some-one/el-hackathon-2025"]
 
-# What Kaggle lacks is made absent: this clone, the packages that are not on its image, and, beside what `unshare` does, the network.
+# What Kaggle lacks is made absent: this clone, some packages, and, beside what `unshare` does, the network.
 SITE = f'''
 import importlib.machinery, os, socket, sys
+
+ABSENT = ("torchsort", "staintools", "spams", "nbdev", "kaggle")
 sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != {str(REPO)!r}]
-find = importlib.machinery.PathFinder.find_spec
-def find_spec(name, path=None, target=None): return None if name in ("torchsort", "staintools", "spams", "nbdev", "kaggle") else find(name, path, target)
-importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
-connect = socket.socket.connect
+find, connect = importlib.machinery.PathFinder.find_spec, socket.socket.connect
+
+def find_spec(name, path=None, target=None): return None if name in ABSENT else find(name, path, target)
+
 def only_here(self, address):
-    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"): raise OSError(101, "Network is unreachable")
+    here = self.family not in (socket.AF_INET, socket.AF_INET6) or address[0] in ("127.0.0.1", "::1", "localhost")
+    if not here: raise OSError(101, "Network is unreachable")
     return connect(self, address)
+
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 socket.socket.connect = only_here
 '''
 # A new network namespace has a loopback that is down; Jupyter's kernels talk through it.
-LOOPBACK = "import fcntl, os, socket, struct, sys; fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sH14s', b'lo', 1, b'')); os.execv(sys.argv[1], sys.argv[1:])"
+LOOPBACK = """
+import fcntl, os, socket, struct, sys
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sH14s", b"lo", 1, b""))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def alone():
+    "The beginning of a command that runs Python in a network of its own; [] where the system does not let us."
+    unshare = shutil.which("unshare")
+    works = unshare and subprocess.run([unshare, "-rn", "true"], capture_output=True).returncode == 0
+    return [unshare, "-rn", sys.executable, "-c", LOOPBACK] if works else []
 
 
 def offline(folder, *args):
-    "Run Python with these arguments where there is no network, no compiler, no clone of histokit and nothing that Kaggle's image lacks."
-    site = folder/"site"; site.mkdir(exist_ok=True); (site/"sitecustomize.py").write_text(SITE)
-    env = {k: v for k, v in os.environ.items() if k in ("LANG", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")} | dict(HOME=str(folder), PYTHONPATH=str(site), PATH=str(Path(sys.executable).parent),
-        JUPYTER_PREFER_ENV_PATH="1", http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9", PYTHONDONTWRITEBYTECODE="1", PYTHONWARNINGS="ignore")
-    unshare = shutil.which("unshare")
-    alone = [unshare, "-rn", sys.executable, "-c", LOOPBACK] if unshare and subprocess.run([unshare, "-rn", "true"], capture_output=True).returncode == 0 else []
-    return subprocess.run([*alone, sys.executable, *map(str, args)], cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    "Run Python where there is no network, no compiler, no clone of histokit and nothing that Kaggle's image lacks."
+    site = folder/"site"
+    site.mkdir(exist_ok=True)
+    (site/"sitecustomize.py").write_text(SITE)
+    env = {k: v for k, v in os.environ.items() if k in ("LANG", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")}
+    env |= dict(HOME=str(folder), PYTHONPATH=str(site), PATH=str(Path(sys.executable).parent))
+    env |= dict(JUPYTER_PREFER_ENV_PATH="1", PYTHONDONTWRITEBYTECODE="1", PYTHONWARNINGS="ignore")
+    env |= dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")
+    command = [*alone(), sys.executable, *map(str, args)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
 
 
 def mount(root, *places):
     "The demo's slides below root/input, under each of the places."
-    for place in places: (root/"input"/place).mkdir(parents=True); shutil.copy(smoke_demo(), root/"input"/place/"slides.h5")
+    for place in places:
+        (root/"input"/place).mkdir(parents=True)
+        shutil.copy(smoke_demo(), root/"input"/place/"slides.h5")
     return root
 
 
 def source(kernel, part):
     "The source of the kernel's first cell that contains a text."
-    return next(s for c in read_json(next(kernel.glob("*.ipynb")))["cells"] if part in (s := "".join(c["source"])))
+    sources = ["".join(c["source"]) for c in read_json(next(kernel.glob("*.ipynb")))["cells"]]
+    return next(s for s in sources if part in s)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +88,9 @@ def kernel(tmp_path_factory): return build_kernel(tmp_path_factory.mktemp("kerne
 
 def test_the_test_is_fair(tmp_path):
     "Where the kernel will run there is no network, no clone and no optional package."
-    lost = offline(tmp_path, "-c", "import importlib.util as u; print([m for m in ('histokit', 'torchsort', 'staintools', 'nbdev', 'kaggle') if (s := u.find_spec(m)) and s.origin])")
+    names = ("histokit", "torchsort", "staintools", "nbdev", "kaggle")
+    code = f"import importlib.util as u; print([m for m in {names} if (s := u.find_spec(m)) and s.origin])"
+    lost = offline(tmp_path, "-c", code)
     assert lost.stdout.strip() == "[]", lost.stderr
     net = offline(tmp_path, "-c", "import socket; socket.create_connection(('1.1.1.1', 443), 3)")
     assert net.returncode and "unreachable" in net.stderr
@@ -68,49 +99,71 @@ def test_the_test_is_fair(tmp_path):
 def test_runs_as_on_kaggle(kernel, tmp_path):
     "From the mounted slides to a valid submission.csv, with nothing but what the notebook carries."
     root = mount(tmp_path/"kaggle", LAYOUTS[1])
-    done = offline(tmp_path, "-m", "papermill", next(kernel.glob("*.ipynb")), root/"done.ipynb", "-k", "python3", "--no-progress-bar",
-        "-r", "kaggle_root", root, "-r", "weights", "none", "-r", "overrides", SMALL)
+    settings = dict(kaggle_root=root, weights="none", overrides=SMALL)
+    given = [part for name, value in settings.items() for part in ("-r", name, value)]
+    notebooks = next(kernel.glob("*.ipynb")), root/"done.ipynb"
+    done = offline(tmp_path, "-m", "papermill", *notebooks, "-k", "python3", "--no-progress-bar", *given)
     assert done.returncode == 0, done.stderr[-3000:]
     factory = DataFactory(smoke_demo())
-    check_submission(read_submission(root/"working"/"submission.csv"), int(factory.spots.split.eq("Test").sum()), factory.targets)
+    n, run = int(factory.spots.split.eq("Test").sum()), root/"working"/"run"
+    check_submission(read_submission(root/"working"/"submission.csv"), n, factory.targets)
+    assert (root/"working"/"submission.csv").read_bytes() == (run/"submission.csv").read_bytes()
     shown = json.dumps(read_json(root/"done.ipynb"))
     assert str(root/"working"/"code"/"histokit"/"__init__.py") in shown and "constant" in shown
-    facts = read_json(root/"working"/"run"/"run.json")
-    assert facts["parameters"]["weights"] == "none"
-    assert [read_json(root/"working"/"run"/f"{part}.json")["engine"] for part in ("model", "stain")] == ["torch", "numba"]      # and not torchsort, staintools
-    assert sorted(p.name for p in (root/"input").rglob("*") if p.is_file()) == ["slides.h5"]           # what is mounted cannot be written to
+    assert read_json(run/"run.json")["parameters"]["weights"] == "none"
+    engines = [read_json(run/f"{part}.json")["engine"] for part in ("model", "stain")]
+    assert engines == ["torch", "numba"]                                     # and not torchsort, staintools
+    mounted = [p.name for p in (root/"input").rglob("*") if p.is_file()]
+    assert mounted == ["slides.h5"]                                          # what is mounted cannot be written to
 
 
-@pytest.mark.parametrize("places", [[p] for p in LAYOUTS] + [LAYOUTS[:2], []], ids=["slug", "competitions", "datasets", "two", "none"])
+PLACES = {name: [layout] for name, layout in zip(("slug", "competitions", "datasets"), LAYOUTS)}
+PLACES |= dict(two=LAYOUTS[:2], none=[])
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
 def test_finds_the_data(kernel, tmp_path, places):
-    "The kernel's own cell finds the slides under each path that Kaggle has used; two files, or none, are an error that says what was seen."
-    (tmp_path/"input"/"weights").mkdir(parents=True); (tmp_path/"input"/"weights"/"features.h5").write_bytes(b"something else")
+    "The kernel finds the slides under each path that Kaggle has used; two files, or none, are an error that says so."
+    (tmp_path/"input"/"weights").mkdir(parents=True)
+    (tmp_path/"input"/"weights"/"features.h5").write_bytes(b"something else")
     names = dict(kaggle_root=str(mount(tmp_path, *places)), data_path="", weights="none")
-    if len(places) == 1: exec(source(kernel, "def find_mounted"), names); assert Path(names["data"]) == tmp_path/"input"/places[0]/"slides.h5"
-    else:
-        with pytest.raises(BadInput) as e: exec(source(kernel, "def find_mounted"), names)
-        assert all(str(p) in str(e.value) for p in (tmp_path/"input").rglob("slides.h5")) and ("2 files" if places else "features.h5") in str(e.value)
+    look = source(kernel, "def find_mounted")
+    if len(places) == 1:
+        exec(look, names)
+        assert Path(names["data"]) == tmp_path/"input"/places[0]/"slides.h5"
+        return
+    with pytest.raises(BadInput) as e: exec(look, names)
+    assert all(str(p) in str(e.value) for p in (tmp_path/"input").rglob("slides.h5"))
+    assert ("2 files" if places else "features.h5") in str(e.value)
 
 
 def test_mounted_weights(kernel, tmp_path):
     "Weights are named by their file, wherever the dataset is mounted."
-    (tmp_path/"input"/"datasets"/"a"/"b").mkdir(parents=True); file = tmp_path/"input"/"datasets"/"a"/"b"/"resnet18.safetensors"; file.write_bytes(b"")
-    names = dict(kaggle_root=str(mount(tmp_path, LAYOUTS[0])), data_path="", weights="b/resnet18.safetensors")
-    exec(source(kernel, "def find_mounted"), names); assert names["file"] == str(file)
-    with pytest.raises(BadInput, match="no weights file"): exec(source(kernel, "def find_mounted"), names | dict(weights="resnet50.safetensors"))
+    file = tmp_path/"input"/"datasets"/"a"/"b"/"resnet18.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    names, look = dict(kaggle_root=str(mount(tmp_path, LAYOUTS[0])), data_path=""), source(kernel, "def find_mounted")
+    for weights, found in (("b/resnet18.safetensors", str(file)), ("package", "package"), ("", "")):
+        exec(look, names := names | dict(weights=weights))
+        assert names["file"] == found
+    with pytest.raises(BadInput, match="no weights file"): exec(look, names | dict(weights="resnet50.safetensors"))
 
 
 def test_same_bytes_twice(kernel, tmp_path):
     "Another process, another folder, another time: the same bytes."
-    code = "import sys; from histokit.kaggle import build_kernel; build_kernel(sys.argv[1], 'resnet18', username='someone')"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=os.environ | dict(PYTHONHASHSEED="7", TZ="Asia/Tokyo"))
-    assert {p.name: p.read_bytes() for p in (tmp_path/kernel.name).iterdir()} == {p.name: p.read_bytes() for p in kernel.iterdir()}
+    build = "build_kernel(sys.argv[1], 'resnet18', username='someone')"
+    code = f"import sys; from histokit.kaggle import build_kernel; {build}"
+    env = os.environ | dict(PYTHONHASHSEED="7", TZ="Asia/Tokyo")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=env)
+    content = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert content(tmp_path/kernel.name) == content(kernel)
 
 
 def test_carries_what_is_here(kernel):
     "The files in the notebook are the package's own, and it is small enough to be read."
     notebook = next(kernel.glob("*.ipynb"))
-    assert carried(read_json(notebook)) == {n: s.rstrip("\n") + "\n" for n, s in cargo("resnet18").items()}
+    line_ends = lambda texts: {name: text.rstrip("\n") for name, text in texts.items()}
+    assert line_ends(carried(read_json(notebook))) == line_ends(cargo("resnet18"))
     assert notebook.stat().st_size < 850_000          # Kaggle takes a million
 
 
@@ -142,15 +195,19 @@ def test_committed_kernel_is_up_to_date():
 ])
 def test_traps(kernel, tmp_path, change, said):
     "Each change to the metadata that Kaggle would take in silence is found."
-    home = tmp_path/kernel.name; shutil.copytree(kernel, home)
+    home = tmp_path/kernel.name
+    shutil.copytree(kernel, home)
     assert check_kernel(home) == []
-    write_json(home/"kernel-metadata.json", {k: v for k, v in (read_json(home/"kernel-metadata.json") | change).items() if v is not None})
+    meta = read_json(home/"kernel-metadata.json") | change
+    write_json(home/"kernel-metadata.json", {k: v for k, v in meta.items() if v is not None})
     assert any(said in str(f) for f in check_kernel(home)), check_kernel(home)
 
 
 def test_internet_follows_the_weights(tmp_path):
     "Explicit either way: on when the hub's weights must be fetched, off when they are mounted or not wanted."
-    for name, settings, on in [("hub weights", {}, True), ("no weights", dict(weights="none"), False), ("own weights", dict(weights="w.safetensors", datasets=["a/w"]), False)]:
+    mounted = dict(weights="w.safetensors", datasets=["a/w"])
+    for name, settings, on in [("hub weights", {}, True), ("no weights", dict(weights="none"), False),
+                               ("installed weights", dict(weights="package"), False), ("own weights", mounted, False)]:
         home = build_kernel(tmp_path, "resnet18", name, "someone", **settings)
         assert read_json(home/"kernel-metadata.json")["enable_internet"] is on and check_kernel(home) == []
     home = build_kernel(tmp_path, "resnet18", "nowhere weights", "someone", weights="w.safetensors")
@@ -164,40 +221,61 @@ def test_command_line(tmp_path, monkeypatch):
     cli = lambda *args: CliRunner().invoke(app, ["kernels", *map(str, args)])
     monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
     assert cli("build", tmp_path).exit_code == 0
-    refused = cli("check", tmp_path); assert refused.exit_code == 1 and "--username" in refused.output
+    refused = cli("check", tmp_path)
+    assert refused.exit_code == 1 and "--username" in refused.output
     monkeypatch.setenv("KAGGLE_USERNAME", "someone")
-    assert cli("build", tmp_path, "-p", "epochs=1", "--weights", "none").exit_code == 0 and cli("check", tmp_path).exit_code == 0
+    assert cli("build", tmp_path, "-p", "epochs=1", "--weights", "none").exit_code == 0
+    assert cli("check", tmp_path).exit_code == 0
     assert json.loads(cli("check", tmp_path, "--json").output) == {"histokit-train-submit": []}
-    for args, said in [(("build", tmp_path, "-p", "epoch=1"), "did you mean 'epochs'"), (("check", tmp_path/"none"), "holds no kernel")]:
-        answer = cli(*args); assert answer.exit_code == 1 and said in answer.output and len(answer.output.splitlines()) == 1
+    for args, said in [(("build", tmp_path, "-p", "epoch=1"), "did you mean 'epochs'"),
+                       (("check", tmp_path/"none"), "holds no kernel")]:
+        answer = cli(*args)
+        assert answer.exit_code == 1 and said in answer.output and len(answer.output.splitlines()) == 1
 
 
 def test_importing_is_light():
     "The client authenticates when imported, so it never is; nor is what only building or running needs."
-    code = "import sys, histokit.kaggle; print([m for m in ('kaggle', 'papermill', 'nbformat', 'nbdev', 'fastcore') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    names = ("kaggle", "papermill", "nbformat", "nbdev", "fastcore")
+    code = f"import sys, histokit.kaggle; print([m for m in {names} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
-def test_the_client_sends_what_we_count(kernel, tmp_path):
-    "The real client, talking to a server of ours: what arrives is the text whose size is checked, with the settings of the metadata."
-    pytest.importorskip("kagglesdk")
-    arrived = []
+class Kaggle(http.server.BaseHTTPRequestHandler):
+    "Keeps what a client sends and answers as Kaggle does."
+    def do_POST(self):
+        self.server.arrived.append(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = b'{"ref": "/code/someone/histokit-train-submit", "versionNumber": 1}'
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
 
-    class Server(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            arrived.append(self.rfile.read(int(self.headers["Content-Length"])))
-            answer = b'{"ref": "/code/someone/histokit-train-submit", "versionNumber": 1}'
-            self.send_response(200); self.send_header("Content-Type", "application/json"); self.send_header("Content-Length", str(len(answer))); self.end_headers(); self.wfile.write(answer)
-        do_GET = do_POST
-        def log_message(self, *args): pass
+    do_GET = do_POST
+    def log_message(self, *args): pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Kaggle)
+    server.arrived = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()} | dict(KAGGLE_API_ENVIRONMENT="LOCALHOST", KAGGLE_USERNAME="someone", KAGGLE_KEY="0" * 32, HOME=str(tmp_path),
-        http_proxy=f"http://127.0.0.1:{server.server_address[1]}")
-    done = subprocess.run([str(Path(sys.executable).parent/"kaggle"), "kernels", "push", "-p", str(kernel)], env=env, capture_output=True, text=True, timeout=60)
+    yield server
     server.shutdown()
-    sent = next((m for m in map(json.loads, filter(None, arrived)) if "text" in m), None)
+
+
+def test_the_client_sends_what_we_count(kernel, tmp_path, server):
+    "The real client, talking to a server of ours: what arrives is the text whose size is checked, and the settings."
+    pytest.importorskip("kagglesdk")
+    env = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    env |= dict(KAGGLE_API_ENVIRONMENT="LOCALHOST", KAGGLE_USERNAME="someone", KAGGLE_KEY="0" * 32, HOME=str(tmp_path))
+    env |= dict(http_proxy=f"http://127.0.0.1:{server.server_address[1]}")
+    push = [str(Path(sys.executable).parent/"kaggle"), "kernels", "push", "-p", str(kernel)]
+    done = subprocess.run(push, env=env, capture_output=True, text=True, timeout=60)
+    sent = next((m for m in map(json.loads, filter(None, server.arrived)) if "text" in m), None)
     assert sent, done.stdout + done.stderr
     assert sent["text"] == upload_text(read_json(next(kernel.glob("*.ipynb"))))
-    assert sent["enableInternet"] is True and sent["isPrivate"] is True and sent["machineShape"] == "NvidiaTeslaT4" and sent["competitionDataSources"] == ["el-hackathon-2025"]
+    settings = dict(enableInternet=True, isPrivate=True, machineShape="NvidiaTeslaT4",
+                    competitionDataSources=["el-hackathon-2025"])
+    assert {name: sent[name] for name in settings} == settings

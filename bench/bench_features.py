@@ -88,7 +88,8 @@ def head_times(quick):
     n, d, t = (600, 320, 12) if quick else (2000, 1280, 35)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(n, 20))
-    x, z = (hidden @ rng.normal(size=(20, w)) + 2 * rng.normal(size=(n, w)) for w in (d, t))
+    def noisy(width): return hidden @ rng.normal(size=(20, width)) + 2 * rng.normal(size=(n, width))
+    x, z = noisy(d), noisy(t)
     x, group = x.astype("f4"), np.arange(n) % 5
     network = functools.partial(fit_head, loss="soft_spearman", head="mlp")
     heads = dict(ridge=fit_ridge, pls=fit_pls, kernel=fit_kernel, network=network)

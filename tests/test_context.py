@@ -71,7 +71,9 @@ def test_odd_places():
 
 
 @pytest.mark.parametrize("xy, slide", [
-    ([[0., 0.]], ["a", "b"]), ([[np.nan, 0.]], ["a"]), ([[0., 0., 0.]], ["a"])])
+    ([[0., 0.]], ["a", "b"]),
+    ([[np.nan, 0.]], ["a"]),
+    ([[0., 0., 0.]], ["a"])])
 def test_places_that_are_none(xy, slide):
     with pytest.raises(BadInput): neighbour_table(xy, slide)
 

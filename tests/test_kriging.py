@@ -160,7 +160,8 @@ def test_a_patient_with_slides_follows_them():
     "The level of the own patient's slide is right, that of the other patient is far off."
     data, y, train, out, slide = fold(n=80)
     patient = np.where(np.isin(slide, ["S_0", "S_1"]), "A", "B")
-    y = y * np.exp(6 * np.random.default_rng(5).normal(size=(2, 6)))[(patient == "B").astype(int)]
+    factor = np.exp(6 * np.random.default_rng(5).normal(size=(2, 6)))
+    y = y * factor[(patient == "B").astype(int)]
     asked = [dataclasses.replace(data, patient_of=p) for p in (dict(zip(slide, patient)), None)]
     known, unknown = (krige_fold(d, y, train, out, unit=patient).answer for d in asked)
     assert mean_spearman(known, y[out]) > mean_spearman(unknown, y[out]) + .05
@@ -192,7 +193,8 @@ def test_weights_of_slides_fall_by_the_length_scale():
 
 def test_similarity_does_not_depend_on_how_slides_were_stained():
     r = np.random.default_rng(0)
-    slide, place, x = np.repeat(["S_1", "S_2"], 40), r.uniform(0, 6, (80, 2)), r.normal(size=(80, 12))
+    slide, place = np.repeat(["S_1", "S_2"], 40), r.uniform(0, 6, (80, 2))
+    x = r.normal(size=(80, 12))
     tinted = np.where(slide[:, None] == "S_1", x, 3 * x + 5)
     seen = [appearances(np.split(v, 4, 1), 2, slide, place) for v in (x, tinted)]
     one, two = (similarity_features(v) for v in seen)
@@ -202,7 +204,8 @@ def test_similarity_does_not_depend_on_how_slides_were_stained():
 
 def test_gaussian_kernel():
     x = np.random.default_rng(0).normal(size=(80, 12))
-    assert np.allclose(gaussian_kernel(x, x, 2.), np.exp(-((x[:, None] - x) ** 2).sum(-1) / 8))
+    squares = ((x[:, None] - x) ** 2).sum(-1)
+    assert np.allclose(gaussian_kernel(x, x, 2.), np.exp(squares / -8))
 
 
 def test_inner_predictions_do_not_see_their_slide():

@@ -6,7 +6,7 @@
 __all__ = ['AROUND', 'NeighbourMean', 'NeighbourAttention', 'ContextHead', 'load_context', 'turn_offsets', 'ContextDataset',
            'context_answer', 'train_context', 'fit_context']
 
-# %% ../../nbs/spots/context.ipynb #0991b569
+# %% ../../nbs/spots/context.ipynb #8a533907
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..frozen.heads import Fit, fit_nested
 from ..frozen.network_head import FeatureDataset, train_head
 from ..learn.networks import make_head, start_at
 from ..learn.views import VIEWS
-from .network import CoordinateEncoder, fuse
+from .network import FUSIONS, fuse, place_encoder
 
 # %% ../../nbs/spots/context.ipynb #f20cf465
 def _zero_linear(inner, width):
@@ -81,14 +81,8 @@ class NeighbourAttention(nn.Module):
         score = (q @ k.transpose(-1, -2)).squeeze(2) / q.shape[-1] ** .5
         return score.masked_fill(~_with_itself(mask)[:, None], -torch.inf).softmax(-1).mean(1)
 
-# %% ../../nbs/spots/context.ipynb #2517c700
+# %% ../../nbs/spots/context.ipynb #5b726872
 AROUND = dict(none=None, mean=NeighbourMean, attention=NeighbourAttention)
-
-def _place_encoder(fusion, width):
-    "The encoder of coordinates that this fusion wants, None for none; and by how much the features grow wider."
-    choose(fusion, ["none", "product", "concat"], "fusion")
-    if fusion == "product": return CoordinateEncoder(2, width, 3, 64, 1.), 0
-    return (CoordinateEncoder(2, 64), 64) if fusion == "concat" else (None, 0)
 
 class ContextHead(nn.Module):
     "features (B, D), neighbours (B, k, D), offsets (B, k, 2), mask (B, k), coords (B, 2) -> (B, n_targets)."
@@ -111,8 +105,8 @@ class ContextHead(nn.Module):
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32))
         self.around = None if choose(around, AROUND, "around") == "none" else AROUND[around](width, inner)
         self.fusion = fusion
-        self.coder, extra = _place_encoder(fusion, width)
-        self.head = make_head(head, width + extra, n_targets, hidden, dropout)
+        self.coder, joined = place_encoder(fusion, 2, width, 64)
+        self.head = make_head(head, joined, n_targets, hidden, dropout)
 
     def forward(self, features, neighbours=None, offsets=None, mask=None, coords=None):
         x = (features - self.mean) / self.std

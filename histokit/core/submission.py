@@ -14,7 +14,7 @@ import pandas as pd
 from .files import write_table
 from .text import BadInput, one_line, some_of
 
-# %% ../../nbs/core/submission.ipynb #47cfac87
+# %% ../../nbs/core/submission.ipynb #c5f40463
 @dataclass(frozen=True)
 class AnswerForm:
     "What an answer has to look like: a row for each ID, in order, and a column for each target."
@@ -22,7 +22,7 @@ class AnswerForm:
     ids: tuple                # whole numbers, or text
     targets: tuple            # names of the columns to be filled
     numbers: bool = True      # filled with numbers; else with text, such as the name of a class
-    unit: str = "row"         # what an ID stands for, for messages: case, picture, test spot
+    unit: str = "ID"          # what a row stands for, for messages: case, picture, test spot
 
     def __post_init__(self):
         for name in ("ids", "targets"): object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -32,7 +32,7 @@ class AnswerForm:
             raise BadInput(f"{what}; an answer has a column of IDs and one or more others, all different")
         if len(set(self.ids)) < len(self.ids):
             again = pd.Series(self.ids, dtype=object)
-            raise BadInput(f"ID {again[again.duplicated()].iloc[0]} is there twice; keep one {self.unit} of each")
+            raise BadInput(f"ID {again[again.duplicated()].iloc[0]} is there twice; keep one row of each")
 
     @property
     def columns(self)->list:
@@ -63,17 +63,17 @@ class AnswerForm:
         table.insert(0, self.id_column, list(self.ids))
         return table
 
-# %% ../../nbs/core/submission.ipynb #d7ce28c4
+# %% ../../nbs/core/submission.ipynb #9b8b0a40
 def counted_form(
     n: int,              # number of rows
     targets,             # names of the columns to be filled
     id_column: str = "ID",
-    unit: str = "row",   # what an ID stands for, for messages
+    unit: str = "ID",    # what a row stands for, for messages
 )->AnswerForm:
     "The form with IDs 0 to n - 1."
     return AnswerForm(id_column, range(n), targets, unit=unit)
 
-# %% ../../nbs/core/submission.ipynb #46657dec
+# %% ../../nbs/core/submission.ipynb #08c25cfc
 _MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "None"]        # in a column of numbers
 
 def _read_csv(path, text=(), **how):
@@ -94,7 +94,7 @@ def _as_ids(texts):
 def form_of_template(
     path,                 # sample_submission.csv
     id_column: str = "",  # the column with the IDs; "" = the first
-    unit: str = "row",    # what an ID stands for, for messages
+    unit: str = "ID",     # what a row stands for, for messages
 )->AnswerForm:
     "The form that a template shows: its IDs, its columns, and whether they hold numbers or text."
     columns = [str(c) for c in _read_csv(path, header=None, nrows=1, dtype=str).iloc[0]]

@@ -66,7 +66,7 @@ class _Memory:
         "Bytes of the slides and tiles that are held."
         return sum(w.nbytes for w in self.whole.values() if w is not None) + len(self.places) * self.slot_bytes
 
-# %% ../../nbs/spots/cache.ipynb #0342772c
+# %% ../../nbs/spots/cache.ipynb #8694f9dc
 class SlideCache:
     "Slides and windows of slides as uint8, never more than `max_bytes` held in all workers together."
     def __init__(self,
@@ -92,7 +92,8 @@ class SlideCache:
 
     def __repr__(self):
         used, whole = f"{self.n_bytes / 1e6:.1f} of {self.budget / 1e6:.1f} MB", len(self._memory().whole)
-        return f"SlideCache({self.path.name}: {whole} slides whole, {len(self.paths) - whole} in tiles, {used})"
+        held = f"of {len(self.paths)} slides {whole} held whole, {len(self.paths) - whole} in tiles"
+        return f"SlideCache({self.path.name}: {held}, {used})"
 
     @property
     def budget(self)->int:

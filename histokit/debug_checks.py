@@ -4,20 +4,26 @@
 
 # %% auto #0
 __all__ = ['Finding', 'format_findings', 'raise_errors', 'check_improves', 'check_loss', 'check_norms', 'check_optimizer',
-           'check_rule', 'check_file', 'write_report', 'check_dataset', 'check_images', 'check_predictions',
-           'check_smoothing', 'check_submission_file', 'check_run', 'check_split_honesty', 'check_training']
+           'check_rule', 'check_training', 'check_between_slides', 'check_file', 'check_sparsity', 'check_stains',
+           'check_table', 'check_targets', 'write_report', 'check_centred', 'check_dataset', 'check_images',
+           'check_ladder', 'check_predictions', 'check_smoothing', 'check_submission_file', 'check_run',
+           'check_split_honesty']
 
-# %% ../nbs/05_debug_checks.ipynb #f38c2b66
+# %% ../nbs/05_debug_checks.ipynb #1bb95d56
 from .core.checks import Finding, format_findings, raise_errors
 from .learn.checks import check_improves, check_loss, check_norms, check_optimizer, check_rule
-from .spots.check_file import check_file
+from .spots.check_file import check_between_slides, check_file, check_stains, check_table
 from .spots.check_page import write_report
-from .spots.check_patches import check_dataset, check_images
+from .spots.check_patches import check_centred, check_dataset, check_images
 from .spots.check_predictions import check_predictions, check_smoothing, check_submission_file
-from .spots.check_run import check_run, check_split_honesty, check_training, write_checks
+from .spots.check_run import check_ladder, check_run, check_split_honesty, check_training, write_checks
+from .spots.check_slides import check_sparsity, check_targets
 
-# %% ../nbs/05_debug_checks.ipynb #c22fdce5
-_all_ = ["Finding", "format_findings", "raise_errors", "check_improves", "check_loss", "check_norms",
-    "check_optimizer", "check_rule", "check_file", "write_report", "check_dataset", "check_images",
-    "check_predictions", "check_smoothing", "check_submission_file", "check_run", "check_split_honesty",
-    "check_training"]
+# %% ../nbs/05_debug_checks.ipynb #66266047
+_all_ = ["Finding", "format_findings", "raise_errors",
+    "check_improves", "check_loss", "check_norms", "check_optimizer", "check_rule", "check_training",
+    "check_between_slides", "check_file", "check_sparsity", "check_stains", "check_table", "check_targets",
+    "write_report",
+    "check_centred", "check_dataset", "check_images",
+    "check_ladder", "check_predictions", "check_smoothing", "check_submission_file",
+    "check_run", "check_split_honesty"]

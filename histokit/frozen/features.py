@@ -24,7 +24,7 @@ from ..learn.batches import loader, predict_batches
 from ..learn.devices import pick_precision
 from ..learn.views import VIEWS, find_views, view_name
 
-# %% ../../nbs/frozen/features.ipynb #0159edf0
+# %% ../../nbs/frozen/features.ipynb #5e3318d9
 def weights_sha256(
     module,     # any module
     but=("head.", "coder."),  # beginnings of names that take no part in encoding
@@ -36,10 +36,11 @@ def weights_sha256(
 def model_identity(
     encoder,    # has encode(image), and perhaps a configuration
 )->dict:
-    "What the features depend on in the model: its weights and preprocessing, its architecture, and where in it they are taken."
+    "What features depend on in the model: weights, preprocessing, architecture, and where in it they are taken."
     config = getattr(encoder, "config", {})
     kept = {k: config[k] for k in ("backbone", "backbone_args", "in_chans", "pool", "scales") if k in config}
-    return dict(kept, kind=type(encoder).__name__, weights=weights_sha256(encoder), taken=getattr(encoder, "taken", "pooled"))
+    taken = getattr(encoder, "taken", "pooled")
+    return dict(kept, kind=type(encoder).__name__, weights=weights_sha256(encoder), taken=taken)
 
 # %% ../../nbs/frozen/features.ipynb #8f2dce3c
 def hash_pictures(
@@ -63,7 +64,7 @@ def dataset_identity(
     if hasattr(dataset, "identity"): return plain(dataset.identity())
     return dict(kind=type(dataset).__name__, n=len(dataset), pictures=hash_pictures(dataset, workers))
 
-# %% ../../nbs/frozen/features.ipynb #5c79003d
+# %% ../../nbs/frozen/features.ipynb #516b5461
 def _source(
     what,         # name of a module, or a function
 )->str:           # "" where there is none
@@ -82,8 +83,9 @@ def code_identity(
     encoder,
 )->dict:
     "Versions, and the hash of the code that computes features."
-    pages = {c.__module__ for c in type(encoder).__mro__ if c.__module__.startswith("histokit.")} | {"histokit.learn.encoders"}
-    code = code_sha256(*sorted(pages), getattr(encoder.encode, "__func__", encoder.encode))
+    modules = {c.__module__ for c in type(encoder).__mro__} | {"histokit.learn.encoders"}
+    own = sorted(m for m in modules if m.startswith("histokit."))
+    code = code_sha256(*own, getattr(encoder.encode, "__func__", encoder.encode))
     return dict(histokit=__version__, timm=timm.__version__, code=code)
 
 def feature_key(
@@ -112,8 +114,9 @@ def _half_error(
     worst = np.where(np.isinf(error), np.inf, 0.)
     return float(np.divide(np.sqrt(error / len(x)), spread, out=worst, where=spread > 0).max())
 
-# %% ../../nbs/frozen/features.ipynb #fbff56fe
+# %% ../../nbs/frozen/features.ipynb #d490a272
 _HALF_ERROR = .1         # largest error that is stored in half precision: a hundredth of the variance
+_NOT_FINITE = "the encoder gives features that are not finite; check the weights, or set amp=no"
 
 def _write_features(
     file,                # ends in .npy
@@ -122,7 +125,7 @@ def _write_features(
     "Write one view, in half precision where that is true to the numbers, else in single."
     with atomic(file) as tmp, tempfile.TemporaryFile(dir=Path(file).parent) as raw:
         for b in batches:
-            if not np.isfinite(b).all(): raise BadInput("the encoder gives features that are not finite; check the weights, or set amp=no")
+            if not np.isfinite(b).all(): raise BadInput(_NOT_FINITE)
             raw.write(np.ascontiguousarray(b, np.float32))
             shape = b.shape[1:]
         raw.flush()
@@ -133,7 +136,7 @@ def _write_features(
         out.flush()
         return dict(shape=x.shape, dtype=str(out.dtype), half_error=error, sha256=file_sha256(tmp))
 
-# %% ../../nbs/frozen/features.ipynb #89d1722a
+# %% ../../nbs/frozen/features.ipynb #dc6ceaa8
 def view_list(
     views,       # as `find_views` takes them; of an augmentation also a number of draws, or a list of seeds
     augmented: bool = False,
@@ -142,8 +145,8 @@ def view_list(
     if not augmented: return list(find_views(views))
     if isinstance(views, str): views = len(VIEWS[choose(views, VIEWS, "views")])
     seeds = list(range(views)) if isinstance(views, int) else [int(k) for k in views]
-    if not seeds or len(set(seeds)) < len(seeds): raise BadInput(f"views={views}: give a number of draws, or different seeds")
-    return seeds
+    if seeds and len(set(seeds)) == len(seeds): return seeds
+    raise BadInput(f"views={views}: give a number of draws, or different seeds")
 
 # %% ../../nbs/frozen/features.ipynb #ff9142eb
 def _fault(
@@ -176,7 +179,7 @@ def _cached_view(
         write_json(file.with_suffix(".json"), dict(identity=identity, **facts, seconds=time.time() - start, **about))
     return np.load(file, mmap_mode="r")
 
-# %% ../../nbs/frozen/features.ipynb #bac7245e
+# %% ../../nbs/frozen/features.ipynb #ca498db9
 def _encode(encoder, dataset, **how):
     "The features of every row, batch by batch."
     return (features for features, _ in predict_batches(encoder, dataset, encode=True, **how))
@@ -184,8 +187,15 @@ def _encode(encoder, dataset, **how):
 def _is_augmented(dataset)->bool:
     "Whether a dataset draws at random; `BadInput` where no seed decides what."
     if not getattr(dataset, "augment", None): return False
-    if not hasattr(dataset, "epoch"): raise BadInput("an augmented dataset needs a method epoch(seed), so that a seed decides what is drawn")
-    return True
+    if hasattr(dataset, "epoch"): return True
+    raise BadInput("an augmented dataset needs a method epoch(seed), so that a seed decides what is drawn")
+
+def _check_rows(views, dataset, place)->None:
+    "`BadInput` where an identity that was given stands for two datasets."
+    for v in views:
+        if len(v) == len(dataset): continue
+        counts = f"{place} holds {len(v)} rows, the dataset {len(dataset)}"
+        raise BadInput(f"{counts}; give each dataset an identity of its own")
 
 def cached_features(
     encoder,             # has encode(image), or encode(image, image2, …) for several pictures of an item
@@ -205,31 +215,32 @@ def cached_features(
     if not len(dataset): raise BadInput("there are no rows to encode")
     device, augmented = pick_device(device), _is_augmented(dataset)
     data = dataset_identity(dataset, workers) if identity is None else identity
-    identity = dict(model=model_identity(encoder), data=data, prepared=prepared, precision=pick_precision(amp, device))
-    identity = plain(identity | code_identity(encoder))
-    place = Path(folder or cache_dir()/"features")/feature_key(identity)
-    about, out = dict(source=getattr(encoder, "config", {}).get("source"), device=device, torch=torch.__version__), []
+    known = dict(model=model_identity(encoder), data=data, prepared=prepared, precision=pick_precision(amp, device))
+    known = plain(known | code_identity(encoder))
+    place, out = Path(folder or cache_dir()/"features")/feature_key(known), []
+    about = dict(source=getattr(encoder, "config", {}).get("source"), device=device, torch=torch.__version__)
+    how = dict(batch_size=batch_size, device=device, workers=workers, amp=amp)
     for v in view_list(views, augmented):
         which, name = ("seed", v) if augmented else ("view", view_name(v))
-        make = partial(_encode, encoder, dataset, **{which: v}, batch_size=batch_size, device=device, workers=workers, amp=amp)
-        out.append(_cached_view(place/f"{which}_{name}.npy", identity | {which: name}, make, about, log))
-        rows = f"{place} holds {len(out[-1])} rows, the dataset {len(dataset)}"
-        if len(out[-1]) != len(dataset): raise BadInput(f"{rows}; give an identity that tells them apart")
+        make = partial(_encode, encoder, dataset, **{which: v}, **how)
+        out.append(_cached_view(place/f"{which}_{name}.npy", known | {which: name}, make, about, log))
+    _check_rows(out, dataset, place)
     return out
 
-# %% ../../nbs/frozen/features.ipynb #e773286d
+# %% ../../nbs/frozen/features.ipynb #472f133a
 def list_features(
     folder="",           # "" = `features` in the cache of this machine
 )->pd.DataFrame:         # one row an entry
     "What the cache holds, so that it can be thinned out: delete the folder of an entry and it is gone."
-    rows, same = [], ["key", "backbone", "taken", "n", "each", "dtype"]
+    same, sums = ["key", "backbone", "taken", "n", "each", "dtype"], ["views", "megabytes", "seconds"]
+    rows = []
     for file in Path(folder or cache_dir()/"features").glob("*/*.json"):
         d = read_json(file)
         model, (n, *shape) = d["identity"]["model"], d["shape"]
-        size = file.with_suffix(".npy").stat().st_size / 1e6
-        what = file.parent.name, model.get("backbone", model["kind"]), str(model["taken"]), n, "x".join(map(str, shape)), d["dtype"]
-        rows.append(dict(zip(same, what), views=1, megabytes=size, seconds=d["seconds"]))
-    sums = ["views", "megabytes", "seconds"]
+        what = [file.parent.name, model.get("backbone", model["kind"]), str(model["taken"])]
+        what += [n, "x".join(map(str, shape)), d["dtype"]]
+        cost = [1, file.with_suffix(".npy").stat().st_size / 1e6, d["seconds"]]
+        rows.append(dict(zip(same + sums, what + cost)))
     return pd.DataFrame(rows, columns=[*same, *sums]).groupby(same, as_index=False)[sums].sum()
 
 # %% ../../nbs/frozen/features.ipynb #2f205c35

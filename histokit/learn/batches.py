@@ -36,7 +36,7 @@ def batch_rows(
     if random_order and n > 1 and n % batch_size == 1: rows = rows[:-1]
     return [rows[a:a + batch_size] for a in range(0, len(rows), batch_size)]
 
-# %% ../../nbs/learn/batches.ipynb #c6c35d7e
+# %% ../../nbs/learn/batches.ipynb #d669adc6
 SAMPLERS = ("shuffle", "balanced", "weighted")
 
 def balanced_weights(
@@ -60,12 +60,13 @@ def checked_weights(
 )->np.ndarray:       # (n,) float64
     "Weights of rows, or `BadInput`: finite, none below 0, and not all 0."
     weight = np.asarray(weight, float)
-    if weight.shape != (n,): raise BadInput(f"{name} has shape {weight.shape} for {n} rows; give one number for each row")
+    if weight.shape != (n,):
+        raise BadInput(f"{name} has shape {weight.shape} for {n} rows; give one number for each row")
     if not np.isfinite(weight).all() or weight.min() < 0 or not weight.any():
         raise BadInput(f"{name} has values that are no weights; give finite numbers from 0 on, not all of them 0")
     return weight
 
-# %% ../../nbs/learn/batches.ipynb #872b1610
+# %% ../../nbs/learn/batches.ipynb #02062bcd
 def sampling_weights(
     dataset,         # with `target` for balanced, with `draw_weight` for weighted
     sampler: str,    # of SAMPLERS
@@ -74,7 +75,8 @@ def sampling_weights(
     if choose(sampler, SAMPLERS, "sampler") == "shuffle": return None
     name = dict(balanced="target", weighted="draw_weight")[sampler]
     given = getattr(dataset, name, None)
-    if given is None: raise BadInput(f"sampler={sampler} needs a dataset with the attribute {name}; set it, or use sampler=shuffle")
+    if given is None:
+        raise BadInput(f"sampler={sampler} needs a dataset with the attribute {name}; set it, or use sampler=shuffle")
     return checked_weights(balanced_weights(given) if sampler == "balanced" else given, len(dataset), name)
 
 # %% ../../nbs/learn/batches.ipynb #81d05fcd
@@ -115,7 +117,7 @@ def ahead(
         while waiting: yield waiting.popleft().result()
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/learn/batches.ipynb #70f2f266
+# %% ../../nbs/learn/batches.ipynb #2bcfcfff
 def seed_step(
     *numbers,       # such as seed, epoch, step
     device: str = "cpu",
@@ -125,7 +127,7 @@ def seed_step(
     random.seed(s)
     np.random.seed(s)  # noqa: NPY002 (datasets draw from the global state)
     torch.default_generator.manual_seed(s)
-    if device != "cpu": getattr(torch, device.split(":")[0]).manual_seed(s)  # torch.manual_seed asks every kind of device, which takes longer
+    if device != "cpu": getattr(torch, device.split(":")[0]).manual_seed(s)  # torch.manual_seed would ask every kind
 
 class _BatchMaker(Dataset):
     "Numbered batches of a dataset."
@@ -137,7 +139,7 @@ class _BatchMaker(Dataset):
         if hasattr(self.dataset, "batch"): return self.dataset.batch(rows)
         return default_collate([self.dataset[int(i)] for i in rows])
 
-# %% ../../nbs/learn/batches.ipynb #1df9a267
+# %% ../../nbs/learn/batches.ipynb #f1ee2e96
 class Batches:
     "One epoch of a dataset: (inputs, target) of each batch, made ahead of their use."
     def __init__(self,
@@ -155,10 +157,11 @@ class Batches:
     def __len__(self): return len(self.order)
 
     def __iter__(self):
-        if hasattr(self.dataset, "batch") and not self.workers: return ahead(self.dataset.batch, self.order, self.depth)
-        numbered = list(enumerate(self.order, self.first))
-        return iter(DataLoader(_BatchMaker(self.dataset, self.seed), sampler=numbered, batch_size=None, num_workers=self.workers,
-            generator=torch.Generator().manual_seed(self.seed), pin_memory=torch.cuda.is_available()))
+        whole = hasattr(self.dataset, "batch")
+        if whole and not self.workers: return ahead(self.dataset.batch, self.order, self.depth)
+        numbered, rng = list(enumerate(self.order, self.first)), torch.Generator().manual_seed(self.seed)
+        how = dict(num_workers=self.workers, generator=rng, pin_memory=torch.cuda.is_available())
+        return iter(DataLoader(_BatchMaker(self.dataset, self.seed), sampler=numbered, batch_size=None, **how))
 
 def loader(
     dataset, batch_size: int,
@@ -167,7 +170,8 @@ def loader(
     workers: int = 0,
 )->Batches:
     "All batches of one epoch of a dataset."
-    return Batches(dataset, batch_rows(len(dataset), batch_size, shuffle=shuffle, seed=seed), seed=seed, workers=workers)
+    order = batch_rows(len(dataset), batch_size, shuffle=shuffle, seed=seed)
+    return Batches(dataset, order, seed=seed, workers=workers)
 
 # %% ../../nbs/learn/batches.ipynb #f22d12ba
 def to_device(

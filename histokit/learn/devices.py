@@ -45,7 +45,7 @@ def call_float32(
     "The answer to the inputs, computed in the context's precision and given in float32."
     with context: return function(**inputs).float()
 
-# %% ../../nbs/learn/devices.ipynb #6d4af536
+# %% ../../nbs/learn/devices.ipynb #a68f27be
 def open_accelerator(
     device: str = "auto",  # auto, cpu, cuda, cuda:1, mps
     amp = "auto",          # as for `pick_precision`
@@ -56,7 +56,7 @@ def open_accelerator(
     cpu_only = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     device = "cpu" if device == "auto" and cpu_only else pick_device(device)
     alone = not torch.distributed.is_initialized()
-    AcceleratorState._reset_state(reset_partial_state=alone)      # an earlier fit may have had another device or precision
+    AcceleratorState._reset_state(reset_partial_state=alone)      # an earlier one may have had another device
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=pick_precision(amp, device))
     if accelerator.num_processes == 1 or device == "cpu": return accelerator, device
     return accelerator, str(accelerator.device)

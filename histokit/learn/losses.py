@@ -67,7 +67,7 @@ def huber(
     "Huber's loss (1964): squared near the target, linear far from it."
     return _entries(F.huber_loss, pred, target, mask, weight, delta=delta)
 
-# %% ../../nbs/learn/losses.ipynb #e4a972e7
+# %% ../../nbs/learn/losses.ipynb #284cff36
 def _centred(x, mask):
     "Rows minus their mean over what was measured; 0 where masked."
     if mask is None: return x - x.mean(1, keepdim=True)
@@ -92,8 +92,8 @@ def row_correlation(
 ):               # (B,) Pearson's correlation of each row; 0 where a row is constant
     "Pearson's correlation, row by row."
     a, b = _centred(a, mask), _centred(b, mask)
-    together, alone_a, alone_b = ((u * v).sum(1) for u, v in ((a, b), (a, a), (b, b)))
-    return together / (alone_a.clamp_min(1e-6) * alone_b.clamp_min(1e-6)).sqrt()
+    both = (a * b).sum(1)
+    return both / ((a * a).sum(1).clamp_min(1e-6) * (b * b).sum(1).clamp_min(1e-6)).sqrt()
 
 # %% ../../nbs/learn/losses.ipynb #07f1c751
 def pearson_rows(
@@ -108,7 +108,7 @@ def pearson_rows(
     if mask is None and weight is None: return 1 - rows.mean()
     return _row_mean(1 - rows, mask, weight)
 
-# %% ../../nbs/learn/losses.ipynb #80572a93
+# %% ../../nbs/learn/losses.ipynb #6a7be4a5
 def pick_engine(
     engine: str = "auto", # "auto", "torchsort" or "torch"
     device: str = "cpu",  # the type of device that the numbers lie on
@@ -118,7 +118,8 @@ def pick_engine(
     module = dict(cpu="torchsort", cuda="torchsort.isotonic_cuda").get(device)
     there = module is not None and all(importlib.util.find_spec(m) is not None for m in ("torchsort", module))
     if engine == "torchsort" and not there:
-        raise BadInput(f"torchsort is not installed for {device}: pip install --no-build-isolation torchsort, or use engine=torch")
+        install = "pip install --no-build-isolation torchsort"
+        raise BadInput(f"torchsort is not installed for {device}: {install}, or use engine=torch")
     return "torchsort" if there and engine != "torch" else "torch"
 
 # %% ../../nbs/learn/losses.ipynb #4b3b47f0
@@ -184,7 +185,7 @@ def pairwise_rank(
     if weight is None: return each.sum() / above.sum().clamp_min(1)
     return _weighted_mean(each.sum((1, 2)), _pair_counts(target, mask), weight)
 
-# %% ../../nbs/learn/losses.ipynb #afa6b111
+# %% ../../nbs/learn/losses.ipynb #59132888
 def _class_vector(
     given,       # one number for each class, or None
     name: str,   # of the setting, for the message
@@ -202,10 +203,12 @@ def _check_classes(pred, target):
     indices = target.ndim == 1 and not target.is_floating_point()
     if pred.ndim != 2 or target.shape != (pred.shape[:1] if indices else pred.shape):
         shapes = f"{tuple(pred.shape)} and {tuple(target.shape)} of {target.dtype}"
-        raise BadInput(f"cross_entropy takes (rows, classes) with whole numbers (rows,), or two tables of one shape, not {shapes}")
+        takes = "(rows, classes) with whole numbers (rows,), or two tables of one shape"
+        raise BadInput(f"cross_entropy takes {takes}, not {shapes}")
     if not indices or target.device.type != "cpu" or not len(target): return
     low, high = target.min().item(), target.max().item()
-    if low < 0 or high >= pred.shape[1]: raise BadInput(f"classes {low} to {high} for a model of {pred.shape[1]}; count them from 0")
+    if 0 <= low and high < pred.shape[1]: return
+    raise BadInput(f"classes {low} to {high} for a model of {pred.shape[1]}; count them from 0")
 
 def _class_counts(target, mask=None, class_weight=None):
     "What each row counts, (B,): the weight of its class, 0 where it was not measured."
@@ -216,7 +219,7 @@ def _class_counts(target, mask=None, class_weight=None):
     if mask is None: return counts
     return counts.where(mask if mask.ndim == 1 else mask.all(1), 0)
 
-# %% ../../nbs/learn/losses.ipynb #23b1e53b
+# %% ../../nbs/learn/losses.ipynb #fc86dced
 def cross_entropy(
     pred,                  # (B, K) before the softmax
     target,                # (B,) whole class numbers from 0, or (B, K) probabilities
@@ -231,7 +234,8 @@ def cross_entropy(
     _check_classes(pred, target)
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
     target = target.long() if target.ndim == 1 else target.to(logits)
-    vector, counts = _class_vector(class_weight, "class_weight", pred.shape[1]), _class_counts(target, mask, class_weight)
+    vector = _class_vector(class_weight, "class_weight", pred.shape[1])
+    counts = _class_counts(target, mask, class_weight)
     if vector is not None: vector = vector.to(logits)
     each = F.cross_entropy(logits, target, vector, reduction="none", label_smoothing=smoothing)
     return _weighted_mean(each.where(counts > 0, 0), counts, weight)
@@ -263,14 +267,15 @@ def _finding_counts(target, mask, class_weight=None):
     columns = vector.to(target.device).expand(target.shape)
     return (columns if mask is None else columns * mask).sum(1)
 
-# %% ../../nbs/learn/losses.ipynb #b5904ec7
+# %% ../../nbs/learn/losses.ipynb #3f6622a1
 def class_weights(
     target,      # (n,) whole class numbers from 0
 )->list:         # a number for each class, 1 on average over the rows
     "Weights with which every class counts the same in sum."
     count = torch.as_tensor(target).long().bincount()
-    if not count.min(): raise BadInput(f"class {int(count.argmin())} has no row, so it can have no weight; number the classes from 0 without gaps")
-    return (len(target) / (len(count) * count)).tolist()
+    if count.min(): return (len(target) / (len(count) * count)).tolist()
+    empty = f"class {int(count.argmin())} has no row, so it can have no weight"
+    raise BadInput(f"{empty}; number the classes from 0 without gaps")
 
 def positive_weights(
     target,      # (n, K) 0 or 1
@@ -278,10 +283,10 @@ def positive_weights(
     "How many cases without a finding there are for each one with it."
     target = torch.as_tensor(target)
     with_it = (target > 0).sum(0)
-    if not with_it.min(): raise BadInput(f"column {int(with_it.argmin())} has no positive row, so it can have no weight; leave it out")
-    return ((target == 0).sum(0) / with_it).tolist()
+    if with_it.min(): return ((target == 0).sum(0) / with_it).tolist()
+    raise BadInput(f"column {int(with_it.argmin())} has no positive row, so it can have no weight; leave it out")
 
-# %% ../../nbs/learn/losses.ipynb #ed69b070
+# %% ../../nbs/learn/losses.ipynb #74618003
 LOSSES = dict(mse=mse, huber=huber, soft_spearman=soft_spearman, pearson_rows=pearson_rows, pairwise_rank=pairwise_rank,
     cross_entropy=cross_entropy, bce=bce)
 _OPTIONS = dict(huber=("delta",), soft_spearman=("strength", "engine"), pairwise_rank=("strength",),
@@ -293,15 +298,15 @@ def _parse_term(text):
     m = _TERM.fullmatch(text)
     like = "write it like \"0.85*soft_spearman(strength=1)+0.15*mse\" or \"mse -> huber\""
     if not m: raise BadInput(f"loss term '{text.strip()}' is not understood; {like}")
-    weight, name, options = float(m[1] or 1), choose(m[2], list(LOSSES), "loss"), parse_args(m[3] or "", "loss")
+    name, options = choose(m[2], list(LOSSES), "loss"), parse_args(m[3] or "", "loss")
     for k in options: choose(k, _OPTIONS.get(name, ()), f"option of {name}")
-    return weight, name, options
+    return float(m[1] or 1), name, options
 
 def _parse_stages(text):
     "The sums of a schedule, each a list of terms."
     return [[_parse_term(t) for t in re.split(r"\+(?![^()]*\))", stage)] for stage in re.split("->", str(text))]
 
-# %% ../../nbs/learn/losses.ipynb #a2a9b2cd
+# %% ../../nbs/learn/losses.ipynb #fed2bf6c
 def _blend(
     stages,          # the sums of a schedule, each a list of (weight, name, options)
     progress: float, # 0 to 1
@@ -319,14 +324,22 @@ def _measured(target, mask, masked):
     "What was measured; None where that is everything. NaN stands for what was not, among class numbers one below 0."
     absent = target.isnan() if target.is_floating_point() else target < 0
     if masked: return ~absent if mask is None else mask & ~absent
-    if absent.any():
-        what = "NaN" if target.is_floating_point() else "below 0"
-        raise BadInput(f"{int(absent.sum())} of {absent.numel()} targets are {what}; where that means not measured, use Loss(..., masked=True)")
-    return mask
+    if not absent.any(): return mask
+    what = "NaN" if target.is_floating_point() else "below 0"
+    found = f"{int(absent.sum())} of {absent.numel()} targets are {what}"
+    raise BadInput(f"{found}; where that means not measured, use Loss(..., masked=True)")
 
-# %% ../../nbs/learn/losses.ipynb #020d13ee
+# %% ../../nbs/learn/losses.ipynb #05ec7c96
 _COUNTS = dict(mse=_entry_counts, huber=_entry_counts, soft_spearman=_ordered_rows, pearson_rows=_ordered_rows,
     pairwise_rank=_pair_counts, cross_entropy=_class_counts, bce=_finding_counts)
+
+def _share(part, whole):
+    "The part over the whole; 0 where the whole is 0."
+    return part / whole.where(whole > 0, 1)
+
+def _is_even(name, options)->bool:
+    "Whether every row counts the same in a loss, whatever its target."
+    return name != "pairwise_rank" and not (name == "cross_entropy" and options.get("class_weight"))
 
 def _term_weight(term, target, mask, weight):
     "What a term averages over in some rows: entries, rows, ordered pairs, or the weights of classes."
@@ -334,11 +347,11 @@ def _term_weight(term, target, mask, weight):
     rows = _COUNTS[name](target, mask, **{k: v for k, v in options.items() if k == "class_weight"})
     return (rows if weight is None else rows * weight.to(rows)).sum()
 
-# %% ../../nbs/learn/losses.ipynb #503a52da
+# %% ../../nbs/learn/losses.ipynb #3cef0574
 class Loss:
     "A sum of losses, or a schedule of sums, from text: loss(pred, target) -> scalar."
     def __init__(self,
-        text: str,            # such as "0.85*soft_spearman+0.15*mse": names of LOSSES with options in brackets; "A -> B" is a schedule
+        text: str,            # names of LOSSES with options in brackets: "0.85*soft_spearman+0.15*mse", "mse -> huber"
         engine: str = "auto", # for soft ranks, where the term does not say
         masked: bool = False, # NaN in the target means not measured; otherwise NaN is an error
     ):
@@ -355,7 +368,7 @@ class Loss:
         progress: float,      # how much of the training is over, 0 to 1
     ):
         "The loss at that point of its schedule; returns itself."
-        if not 0 <= progress <= 1: raise BadInput(f"progress={progress}: give a number from 0, the start of the training, to 1, its end")
+        if not 0 <= progress <= 1: raise BadInput(f"progress={progress}: give a number from 0, the start, to 1")
         self.progress = float(progress)
         return self
 
@@ -365,8 +378,7 @@ class Loss:
 
     def even(self)->bool:
         "Whether every row counts the same, whatever its target."
-        weighted = [name for _, name, options in self.terms() if name == "cross_entropy" and options.get("class_weight")]
-        return not self.masked and not weighted and all(name != "pairwise_rank" for _, name, _ in self.terms())
+        return not self.masked and all(_is_even(name, options) for _, name, options in self.terms())
 
     def total_weight(self,
         target,               # of the rows of a batch
@@ -388,7 +400,8 @@ class Loss:
         for i, term in enumerate(self.terms()):
             value = self._term(term, pred, target, mask, weight)
             self.parts_[term[1]] = value.detach()
-            if total_weight is not None: value = value * _share(_term_weight(term, target, mask, weight), total_weight[i])
+            if total_weight is not None:
+                value = value * _share(_term_weight(term, target, mask, weight), total_weight[i])
             total = total + term[0] * value
         return total
 
@@ -399,7 +412,3 @@ class Loss:
             self.engine_ = pick_engine(options.get("engine", self.engine), pred.device.type)
             options = {**options, "engine": self.engine_}
         return LOSSES[name](pred, target, mask=mask, weight=weight, **options)
-
-def _share(part, whole):
-    "The part over the whole; 0 where the whole is 0."
-    return part / whole.where(whole > 0, 1)

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULERS', 'TrainSettings', 'EpochMetrics', 'LearningRates', 'MicroBatches', 'be_deterministic', 'Trainer',
            'show_history']
 
-# %% ../../nbs/learn/trainer.ipynb #86800b65
+# %% ../../nbs/learn/trainer.ipynb #3af6aef6
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import contextlib, json, math, os, pickle, sys, time
@@ -21,12 +21,13 @@ import torch
 from ..core.compute import pick_device
 from ..core.files import atomic, plain, sha256_of, write_table
 from ..core.text import BadInput, choose
-from .batches import SAMPLERS, Batches, batch_rows, checked_weights, predict, sampling_weights, seed_step, to_device
+from .batches import (
+    SAMPLERS, Batches, batch_rows, checked_weights, predict, sampling_weights, seed_step, to_device)
 from .devices import call_float32, open_accelerator, pick_precision
 from .finite import first_nonfinite
 from .networks import check_param_groups, param_groups
 
-# %% ../../nbs/learn/trainer.ipynb #872ffba5
+# %% ../../nbs/learn/trainer.ipynb #84709c81
 SCHEDULERS = ("plateau", "cosine", "none")
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class TrainSettings:
     sampler: str = "shuffle"     # shuffle; or rows drawn with replacement: balanced over classes, or weighted
     patience: int = 0            # epochs without a better metric before it stops; 0 for never
     clip: float = 1.             # largest norm of the gradient; 0 for unlimited
-    ema: float = 0.              # decay of the mean of the weights that is validated and kept; 0 for the weights themselves
+    ema: float = 0.              # decay of a mean of the weights, which is then validated and kept; 0 for none
     amp: object = "auto"         # precision on a GPU: auto, bf16, fp16 or no
     channels_last: bool = False  # pixels before channels in memory, faster for convolutions on a GPU
     compile: bool = False        # torch.compile the model
@@ -53,12 +54,14 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self):
-        at_least = dict.fromkeys(("epochs", "batch_size", "accumulate"), 1)
-        at_least |= dict.fromkeys(("lr_head", "lr_backbone", "weight_decay", "patience", "clip", "save_every", "workers"), 0)
-        for name, least in at_least.items():
+        from_one = ("epochs", "batch_size", "accumulate")
+        from_zero = ("lr_head", "lr_backbone", "weight_decay", "patience", "clip", "save_every", "workers")
+        for name in from_one + from_zero:
+            least = int(name in from_one)
             if not getattr(self, name) >= least: raise BadInput(f"{name}={getattr(self, name)}: give at least {least}")
         if not 0 <= self.ema < 1: raise BadInput(f"ema={self.ema}: give a decay below 1, such as 0.999, or 0 for none")
-        if not 0 <= self.warmup < self.epochs: raise BadInput(f"warmup={self.warmup}: give fewer than the {self.epochs} epochs there are")
+        if not 0 <= self.warmup < self.epochs:
+            raise BadInput(f"warmup={self.warmup}: give fewer than the {self.epochs} epochs there are")
         choose(self.scheduler, SCHEDULERS, "scheduler")
         choose(self.sampler, SAMPLERS, "sampler")
         pick_precision(self.amp, "cpu")
@@ -68,7 +71,7 @@ class TrainSettings:
         for name in changed: choose(name, [f.name for f in fields(self)], "setting")
         return replace(self, **changed)
 
-# %% ../../nbs/learn/trainer.ipynb #cf8e9827
+# %% ../../nbs/learn/trainer.ipynb #ac46e5d0
 _COLUMNS = ("epoch", "loss", "lr", "seconds", "waited", "at_once")     # of the history, beside the metrics
 
 class EpochMetrics:
@@ -80,7 +83,8 @@ class EpochMetrics:
         if not given: raise BadInput("there is no metric; give one function, or a dictionary with one at least")
         self.functions = {name.removeprefix("-"): f for name, f in given.items()}
         taken = [name for name in self.functions if name in _COLUMNS]
-        if taken: raise BadInput(f"a metric cannot be called {taken[0]}, which is a column of the history; call it val_{taken[0]}")
+        if taken:
+            raise BadInput(f"no metric can be called {taken[0]}: the history has such a column; call it val_{taken[0]}")
         self.first = next(iter(self.functions))
         self.sign = -1 if next(iter(given)).startswith("-") else 1
 
@@ -92,7 +96,7 @@ class EpochMetrics:
         "The metric that decides, larger is better."
         return self.sign * row[self.first]
 
-# %% ../../nbs/learn/trainer.ipynb #8a506bec
+# %% ../../nbs/learn/trainer.ipynb #e04d7342
 class LearningRates:
     "The learning rates of an optimizer: a warm-up from step to step, then a scheduler from epoch to epoch."
     def __init__(self,
@@ -107,7 +111,8 @@ class LearningRates:
         if s.scheduler == "plateau":
             mode = "min" if lower_is_better else "max"
             self.scheduler = kinds.ReduceLROnPlateau(optimizer, mode, factor=.5, patience=max(s.patience // 2, 1))
-        elif s.scheduler == "cosine": self.scheduler = kinds.CosineAnnealingLR(optimizer, max(s.epochs - self.warm_whole, 1))
+        elif s.scheduler == "cosine":
+            self.scheduler = kinds.CosineAnnealingLR(optimizer, max(s.epochs - self.warm_whole, 1))
         else: self.scheduler = None
 
     def share(self,
@@ -139,7 +144,7 @@ class LearningRates:
         by_metric = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
         self.scheduler.step(*[metric] if by_metric else [])
 
-# %% ../../nbs/learn/trainer.ipynb #45ace9d1
+# %% ../../nbs/learn/trainer.ipynb #e0b6269c
 class MicroBatches:
     "Shares batches among processes, and says in how many pieces a share passes through the model."
     def __init__(self,
@@ -157,7 +162,7 @@ class MicroBatches:
         "A process's part of each batch; where there is none for it, it borrows a row that will weigh nothing."
         self.sizes = [len(rows) for rows in order]
         mine = [np.array_split(rows, self.processes)[self.index] for rows in order]
-        self.weights = [1 / n if len(m) else 0. for n, m in zip(self.sizes, mine)]   # of one row in the mean over the batch
+        self.weights = [1 / n if len(m) else 0. for n, m in zip(self.sizes, mine)]   # of a row in the batch's mean
         self.rows = [m if len(m) else rows[:1] for m, rows in zip(mine, order)]
         return self.rows[start:]
 
@@ -171,8 +176,10 @@ class MicroBatches:
         from accelerate.utils import release_memory
         rows = math.ceil(math.ceil(self.sizes[batch] / self.processes) / self.pieces(batch))
         full = f"out of memory with {rows} rows at once"
-        if self.fixed: raise BadInput(f"{full} on each GPU, whose batch-norms are joined; lower batch_size and raise accumulate")
-        if rows < 2 * self.least: raise BadInput(f"{full}, and fewer cannot be; take smaller pictures or a smaller model")
+        if self.fixed:
+            raise BadInput(f"{full} on each GPU, whose batch-norms are joined; lower batch_size and raise accumulate")
+        if rows < 2 * self.least:
+            raise BadInput(f"{full}, and fewer cannot be; take smaller pictures or a smaller model")
         self.at_once = math.ceil(rows / 2)
         release_memory()
         return f"{full}: going on with {self.at_once}, accumulated to the same batch of {self.sizes[batch]}"
@@ -201,24 +208,9 @@ def _add_gradients(
     total = accelerator.reduce(torch.cat([g.reshape(-1) for g in grads]), "sum")
     for g, t in zip(grads, total.split([g.numel() for g in grads])): g.copy_(t.view_as(g))
 
-# %% ../../nbs/learn/trainer.ipynb #7bad26b7
-class _Step:
-    "What a trainer does with one batch."
-    def _update(self, inputs, target):
-        "One step on a batch, of which these are this process's rows."
-        weight = self._row_weights(target)
-        loss = self._gradients(inputs, target, weight)
-        if self.processes > 1: _add_gradients(self.accelerator, self.trained)
-        norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.clip or math.inf).item()
-        good = math.isfinite(loss) and math.isfinite(norm)
-        self.skipped = 0 if good else self.skipped + 1
-        if self.skipped > (20 if self.accelerator.scaler else 0): self._explain(inputs, target, loss)
-        with self.rates.warmed(self._position(), len(self.micro.sizes)): self.stepper.step()   # a scaler leaves out a step that overflowed
-        if not good: return
-        n = self.micro.sizes[self.batch]
-        self.step, self.total, self.rows = self.step + 1, self.total + loss * n, self.rows + n
-        if self.ema: self.ema.update(self.model, self.step)
-
+# %% ../../nbs/learn/trainer.ipynb #cbee0506
+class _Gradients:
+    "How a trainer gets the gradient of one batch."
     def _gradients(self, inputs, target, weight)->float:
         "Gradients of this process's part of the batch, in pieces that fit; returns the loss of the whole batch."
         total = self._total_weight(target, weight)
@@ -244,7 +236,7 @@ class _Step:
             return value
         except RuntimeError as e:
             if not should_reduce_batch_size(e): raise
-        if self.micro.fixed: self.micro.halve(self.batch)   # raises; the other processes wait inside the model and cannot be asked
+        if self.micro.fixed: self.micro.halve(self.batch)   # raises: the others wait inside the model
         return torch.tensor([0., 1.], device=self.device)
 
     def _piece_loss(self, pred, target, weight, total_weight):
@@ -268,30 +260,50 @@ class _Step:
 
     def _on_device(self, inputs)->dict: return to_device(inputs, self.device, self.settings.channels_last)
 
-    def _position(self)->int:
-        "The number of this step among all."
-        return self.epoch * len(self.micro.sizes) + self.batch
-
     def _reseed(self):
         "The generators as they are before this step."
         seed_step(self.settings.seed, self.epoch, self.batch, self.accelerator.process_index, device=self.device)
+
+# %% ../../nbs/learn/trainer.ipynb #bd647152
+_OVERFLOWS = 20       # steps in a row that a scaler may leave out
+
+class _Step(_Gradients):
+    "What a trainer does with one batch."
+    def _update(self, inputs, target):
+        "One step on a batch, of which these are this process's rows."
+        loss = self._gradients(inputs, target, self._row_weights(target))
+        if self.processes > 1: _add_gradients(self.accelerator, self.trained)
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.clip or math.inf).item()
+        good = math.isfinite(loss) and math.isfinite(norm)
+        self.skipped = 0 if good else self.skipped + 1
+        if self.skipped > (_OVERFLOWS if self.accelerator.scaler else 0): self._explain(inputs, target, loss)
+        with self.rates.warmed(*self._position()): self.stepper.step()
+        if not good: return
+        n = self.micro.sizes[self.batch]
+        self.step, self.total, self.rows = self.step + 1, self.total + loss * n, self.rows + n
+        if self.ema: self.ema.update(self.model, self.step)
+
+    def _position(self)->tuple:
+        "The number of this step among all, and of steps in an epoch."
+        per_epoch = len(self.micro.sizes)
+        return self.epoch * per_epoch + self.batch, per_epoch
 
     def _explain(self, inputs, target, loss):
         "Stop, with the batch, the layer and the mend."
         from accelerate.utils import gather_object
         self._reseed()
-        self.model.train(not self.micro.fixed)      # synchronous batch-norm would wait for processes that have found their answer
-        found = [("", "")]
+        self.model.train(not self.micro.fixed)      # joined batch-norms would wait for processes that have their answer
+        found, context = [("", "")], self.accelerator.autocast
         for some, t, _ in _split_rows(inputs, target, None, self.micro.pieces(self.batch)):
             if found[-1][0]: break
-            found.append(first_nonfinite(self.model, self.loss, self._on_device(some), t.to(self.device), self.accelerator.autocast()))
+            found.append(first_nonfinite(self.model, self.loss, self._on_device(some), t.to(self.device), context()))
         unknown = "it did not happen again", "lower lr_head and lr_backbone, or set clip=1"
         where, mend = next((f for f in gather_object(found) if f[0]), unknown)
         if self.accelerator.scaler: mend += ", or amp=no"
         what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         raise BadInput(f"{what} in batch {self.batch + 1} of epoch {self.epoch + 1}: {where}; {mend}")
 
-# %% ../../nbs/learn/trainer.ipynb #6e24980b
+# %% ../../nbs/learn/trainer.ipynb #c2a9966d
 def _fingerprint(*datasets)->str:
     "Changes when a dataset does, as far as its length, its own description, its targets and its weights show."
     parts = []
@@ -301,31 +313,38 @@ def _fingerprint(*datasets)->str:
         parts += [getattr(d, name, None) for name in ("target", "row_weight", "draw_weight")]
     return sha256_of(*parts)
 
+def _load_state(
+    file,           # last.pt
+):                  # dictionary, and what is wrong where it is empty
+    "What a checkpoint holds."
+    try: return torch.load(file, map_location="cpu", weights_only=True), ""
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+        return {}, f"cannot be read ({type(e).__name__})"
+
 def _read_state(
     file,           # last.pt
     settings: str,  # those it must have been written with
     log,            # called with one line where it cannot be used
 ):                  # dictionary, or None
-    "A trainer's checkpoint, when it is there, whole, and of the same settings; what a killed run left half-written is removed."
+    "A trainer's checkpoint of the same settings; what a killed run left half-written is removed."
     for name in (file.name, "history.csv"):
         stem, end = name.rsplit(".", 1)
         for left in file.parent.glob(f".{stem}.*.tmp.{end}"): left.unlink()
     if not file.exists(): return None
-    try: state, wrong = torch.load(file, map_location="cpu", weights_only=True), "is of other settings or data"
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e: state, wrong = {}, f"cannot be read ({type(e).__name__})"
+    state, wrong = _load_state(file)
     if state.get("settings") == settings: return state
-    log(f"{file} {wrong}: starting afresh")
+    log(f"{file} {wrong or 'is of other settings or data'}: starting afresh")
 
-# %% ../../nbs/learn/trainer.ipynb #4a006134
+# %% ../../nbs/learn/trainer.ipynb #f4037548
 class _State(_Step):
     "What a trainer writes down, and how it goes on."
-    _COUNTS = ("epoch", "batch", "step", "total", "rows", "history", "best", "best_state")   # batch: of this epoch; step: of all
-    _SPEED = ("amp", "channels_last", "compile", "deterministic", "save_every", "workers")   # settings that may differ when a run goes on
+    _COUNTS = ("epoch", "batch", "step", "total", "rows", "history", "best", "best_state")   # batch: of this epoch
+    _SPEED = ("amp", "channels_last", "compile", "deterministic", "save_every", "workers")   # may differ later
 
     def _parts(self)->dict:
         "All that has a state of its own."
-        parts = dict(model=self.model, optimizer=self.optimizer, scheduler=self.rates.scheduler, scaler=self.accelerator.scaler)
-        parts["ema"] = self.ema and self.ema.module
+        parts = dict(model=self.model, optimizer=self.optimizer, scheduler=self.rates.scheduler)
+        parts |= dict(scaler=self.accelerator.scaler, ema=self.ema and self.ema.module)
         return {k: part for k, part in parts.items() if part is not None}
 
     def _identity(self)->str:
@@ -350,8 +369,11 @@ class _State(_Step):
     def _resume(self):
         "Go on from what the first process has: its checkpoint, or else its weights."
         from accelerate.utils import broadcast_object_list
-        state = _read_state(self.folder/"last.pt", self._identity(), self.log) if self.folder and self.main else None
-        if state: self.log(f"going on after epoch {state['epoch']}{', batch %d' % state['batch'] if state['batch'] else ''}")
+        reads = self.folder is not None and self.main
+        state = _read_state(self.folder/"last.pt", self._identity(), self.log) if reads else None
+        if state:
+            inside = f", batch {state['batch']}" if state["batch"] else ""
+            self.log(f"going on after epoch {state['epoch']}{inside}")
         if self.processes > 1: state, = broadcast_object_list([state or self.state()])
         if state is None: return
         for k in self._COUNTS: setattr(self, k, state[k])
@@ -359,62 +381,17 @@ class _State(_Step):
             if k in state: part.load_state_dict(state[k])       # another GPU may need a scaler where the last did not
         self.micro.at_once = min(self.micro.at_once, state["at_once"])
 
-# %% ../../nbs/learn/trainer.ipynb #94ddde0a
-def be_deterministic()->None:
-    "Only kernels that give the same bits each time, for the rest of the program; one without such a kernel raises."
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # cuBLAS wants it
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-class Trainer(_State):
-    "Trains one model with one loss until one metric rests, keeps the best epoch, and can be killed at any moment."
-    def __init__(self,
-        model,                      # called as model(**inputs)
-        loss,                       # (pred, target) tensors -> scalar, a mean over rows or a `Loss`; its `at(progress)`, if any, is called each epoch
-        metric,                     # (pred, target) arrays -> number, larger is better; or several, as `EpochMetrics` takes them
-        folder="",                  # where last.pt and history.csv go; "" keeps nothing
-        settings=TrainSettings(),
-        *,
-        log=None,                   # called with one line an epoch; None = silent
-        progress: bool = False,     # a bar for the batches
-        device: str = "auto",       # auto, cpu, cuda, cuda:1, mps
-        **changed,                  # settings by name, such as epochs=3
-    ):
-        self.settings = s = settings.but(**changed)
-        self.model, self.loss, self.metric, self.progress = model, loss, metric, progress
-        self.asked, self.device, self.log = device, pick_device(device), log or (lambda line: None)
-        self.folder = Path(folder) if folder else None
-        self.optimizer = torch.optim.AdamW(param_groups(model, s.lr_backbone, s.lr_head, s.weight_decay))
-        check_param_groups(model, self.optimizer)
-        self.rates = None
-        self.epoch, self.batch, self.step, self.rows, self.skipped = 0, 0, 0, 0, 0
-        self.total, self.history, self.best, self.best_state = 0., [], None, None
-
-    def fit(self,
-        train,            # dataset of (inputs, target); see `Batches` for what else it may have
-        val=None,         # dataset to choose the epoch on; None = the last epoch is kept
-    )->pd.DataFrame:      # one row an epoch
-        "Train, and leave the best epoch's weights in the model."
-        self._begin(train, val)
-        while self.epoch < self.settings.epochs and not self._rested():
-            start, waited = time.time(), self._epoch(train)
-            row = dict(epoch=self.epoch + 1, loss=self.total / max(self.rows, 1))
-            row["lr"] = self.rates.used(self._position() - 1, len(self.micro.sizes))
-            row |= dict(metric=-row["loss"]) if val is None else self._validate(val)
-            row |= dict(seconds=time.time() - start, waited=waited, at_once=self.micro.at_once)
-            self._end_epoch(row, keep=val is None)
-        self.model.load_state_dict(self.best_state)
-        return pd.DataFrame(self.history)
-
+# %% ../../nbs/learn/trainer.ipynb #44182a1a
+class _Epoch(_State):
+    "What a trainer does in an epoch."
     def _epoch(self, train)->float:
         "This epoch to its end; returns the seconds spent waiting for batches."
         if hasattr(self.loss, "at"): self.loss.at(self.epoch / self.settings.epochs)
         self.model.train()
         self._reseed()
-        batches = self._batches(train)
-        bar = dict(desc=f"epoch {self.epoch + 1}", leave=False, disable=not self.progress or not self.main, file=sys.stderr)
+        batches, hidden = self._batches(train), not self.progress or not self.main
         waited, asked = 0., time.time()
-        for inputs, target in tqdm(batches, **bar):
+        for inputs, target in tqdm(batches, f"epoch {self.epoch + 1}", leave=False, disable=hidden, file=sys.stderr):
             waited += time.time() - asked
             self._update(inputs, target)
             self.batch += 1
@@ -426,8 +403,8 @@ class Trainer(_State):
     def _batches(self, train)->Batches:
         "This process's share of the batches of this epoch that are still to come."
         s = self.settings
-        seed = s.seed * 100_003 + self.epoch
-        order = batch_rows(len(train), s.batch_size * s.accumulate, shuffle=True, seed=seed, weight=self.draw_weight)
+        seed, size = s.seed * 100_003 + self.epoch, s.batch_size * s.accumulate
+        order = batch_rows(len(train), size, shuffle=True, seed=seed, weight=self.draw_weight)
         return Batches(train, self.micro.share(order, self.batch), seed=seed, workers=s.workers, first=self.batch)
 
     def _validate(self, val)->dict:
@@ -446,9 +423,10 @@ class Trainer(_State):
 
     def _end_epoch(self, row, keep):
         "Keep the best, move the learning rate, write the state."
-        value, merit = row[self.metrics.first], self.metrics.merit(row)
-        if keep or self.best is None or merit > self.metrics.sign * self.best:
-            self.best, self.best_state = value, {k: v.detach().cpu().clone() for k, v in self.kept.state_dict().items()}
+        value, sign = row[self.metrics.first], self.metrics.sign
+        if keep or self.best is None or sign * value > sign * self.best:
+            weights = self.kept.state_dict()
+            self.best, self.best_state = value, {k: v.detach().cpu().clone() for k, v in weights.items()}
         self.rates.end_epoch(self.epoch, value)
         self.epoch += 1
         self.history.append(row)
@@ -464,16 +442,63 @@ class Trainer(_State):
         best = int(np.argmax([self.metrics.merit(row) for row in self.history]))
         return len(self.history) - 1 - best >= self.settings.patience
 
+# %% ../../nbs/learn/trainer.ipynb #875dde1c
+def be_deterministic()->None:
+    "Only kernels that give the same bits each time, for the rest of the program; one without such a kernel raises."
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # cuBLAS wants it
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+class Trainer(_Epoch):
+    "Trains one model with one loss until one metric rests, keeps the best epoch, and can be killed at any moment."
+    def __init__(self,
+        model,                   # called as model(**inputs)
+        loss,                    # (pred, target) tensors -> scalar: a mean over rows, or a `Loss`
+        metric,                  # (pred, target) arrays -> number, larger is better; or several, see `EpochMetrics`
+        folder="",               # where last.pt and history.csv go; "" keeps nothing
+        settings=TrainSettings(),
+        *,
+        log=None,                # called with one line an epoch; None = silent
+        progress: bool = False,  # a bar for the batches
+        device: str = "auto",    # auto, cpu, cuda, cuda:1, mps
+        **changed,               # settings by name, such as epochs=3
+    ):
+        self.settings = s = settings.but(**changed)
+        self.model, self.loss, self.metric, self.progress = model, loss, metric, progress
+        self.asked, self.device, self.log = device, pick_device(device), log or (lambda line: None)
+        self.folder = Path(folder) if folder else None
+        self.optimizer = torch.optim.AdamW(param_groups(model, s.lr_backbone, s.lr_head, s.weight_decay))
+        check_param_groups(model, self.optimizer)
+        self.epoch, self.batch, self.step, self.rows, self.skipped = 0, 0, 0, 0, 0
+        self.total, self.history, self.best, self.best_state, self.rates = 0., [], None, None, None
+
+    def fit(self,
+        train,            # dataset of (inputs, target); see `Batches` for what else it may have
+        val=None,         # dataset to choose the epoch on; None = the last epoch is kept
+    )->pd.DataFrame:      # one row an epoch
+        "Train, and leave the best epoch's weights in the model."
+        self._begin(train, val)
+        while self.epoch < self.settings.epochs and not self._rested():
+            start, waited = time.time(), self._epoch(train)
+            row = dict(epoch=self.epoch + 1, loss=self.total / max(self.rows, 1))
+            step, per_epoch = self._position()
+            row["lr"] = self.rates.used(step - 1, per_epoch)
+            row |= dict(metric=-row["loss"]) if val is None else self._validate(val)
+            row |= dict(seconds=time.time() - start, waited=waited, at_once=self.micro.at_once)
+            self._end_epoch(row, keep=val is None)
+        self.model.load_state_dict(self.best_state)
+        return pd.DataFrame(self.history)
+
     def _begin(self, train, val):
-        "Open the device, look at the data, and start every process from the first one's checkpoint or weights."
+        "Look at the data, and start every process from the first one's checkpoint or weights."
         if not len(train): raise BadInput("the training set is empty")
         self.metrics = EpochMetrics(None if val is None else self.metric)
         self.rates = self.rates or LearningRates(self.optimizer, self.settings, self.metrics.sign < 0)
         self.data, self.draw_weight = _fingerprint(train, val), sampling_weights(train, self.settings.sampler)
-        self.row_weight = getattr(train, "row_weight", None)
-        if self.row_weight is not None:
-            self.row_weight = checked_weights(self.row_weight, len(train), "row_weight")
-            if not hasattr(self.loss, "total_weight"): raise BadInput("the dataset has row_weight, which this loss does not take; use a Loss by name")
+        given = getattr(train, "row_weight", None)
+        self.row_weight = None if given is None else checked_weights(given, len(train), "row_weight")
+        if given is not None and not hasattr(self.loss, "total_weight"):
+            raise BadInput("the dataset has row_weight, which this loss does not take; use a Loss by name")
         self._open()
         self._resume()
 
@@ -485,16 +510,17 @@ class Trainer(_State):
         self.processes, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         if not self.main: self.log = lambda line: None
         normed = _has_batch_norm(self.model)
-        synced = self.processes > 1 and self.device.startswith("cuda") and normed
-        if synced: self.model = timm.layers.convert_sync_batchnorm(self.model)
+        joined = self.processes > 1 and self.device.startswith("cuda") and normed
+        if joined: self.model = timm.layers.convert_sync_batchnorm(self.model)
         self.model.to(self.device)
         if s.channels_last: self.model.to(memory_format=torch.channels_last)
         self.runner = torch.compile(self.model) if s.compile else self.model
         self.ema = ModelEmaV3(self.model, s.ema, use_warmup=True) if s.ema else None
         self.kept = self.ema.module if self.ema else self.model
-        self.stepper = self.accelerator.prepare(self.optimizer) if self.accelerator.scaler else self.optimizer   # the wrapper only scales
-        at_once = math.ceil(s.batch_size / self.processes)
-        self.micro = MicroBatches(at_once, self.processes, self.accelerator.process_index, least=1 + normed, fixed=synced)
+        scaled = self.accelerator.scaler                # accelerate's wrapper of an optimizer only scales
+        self.stepper = self.accelerator.prepare(self.optimizer) if scaled else self.optimizer
+        at_once, index = math.ceil(s.batch_size / self.processes), self.accelerator.process_index
+        self.micro = MicroBatches(at_once, self.processes, index, least=1 + normed, fixed=joined)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
 # %% ../../nbs/learn/trainer.ipynb #5fc4a955

@@ -246,7 +246,7 @@ def test_a_failed_import_leaves_the_file_as_it_was(painted, tmp_path, monkeypatc
            (painted[2], dict(name="a/b"), "cannot name a slide"), (-painted[2], {}, "negative")]
     for table, options, message in bad:
         with pytest.raises(BadInput, match=message): import_visium(painted[0], table, out, append=True, **options)
-    for function in ("put_slide", "DataFactory"):
+    for function in ("_put_slide", "DataFactory"):
         with monkeypatch.context() as m:
             m.setattr(own_slides_page, function, lambda *a, **k: 1 / 0)
             for options in (dict(append=True), dict(overwrite=True)):

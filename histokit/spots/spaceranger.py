@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POSITION_FILES', 'POSITION_COLUMNS', 'PAINTED_TYPES', 'write_positions', 'paint_outs', 'read_positions',
-           'physical_scale', 'RawSlide', 'positive_factors', 'read_outs', 'choose_image']
+           'physical_scale', 'RawSlide', 'positive_factors', 'read_outs', 'choose_image', 'shrink_picture']
 
 # %% ../../nbs/spots/spaceranger.ipynb #00638b6e
 import re
@@ -284,3 +284,14 @@ def choose_image(
     if image == "auto": image = "hires" if "hires" in source.images else "lowres"
     if str(image) in ("hires", "lowres"): return _stored_image(source, str(image))
     return _given_image(source, image, scale or 1.)
+
+# %% ../../nbs/spots/spaceranger.ipynb #b9336b92
+def shrink_picture(
+    image,             # (H, W, 3) uint8
+    factor: float,     # pixels for each former one; 1 and more leave the picture as it is
+)->np.ndarray:         # (h, w, 3) uint8
+    "The picture at a smaller size, each pixel the mean of the area that it covers."
+    if factor >= 1: return image
+    from PIL import Image
+    size = [max(round(n * factor), 1) for n in image.shape[1::-1]]
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import resize
 from histokit.core.text import BadInput
 from histokit.learn.trainer import Trainer
 from histokit.learn.views import dihedral
-from histokit.spots.cache import SlideCache, held_whole
+from histokit.spots.cache import SlideCache
 from histokit.spots.layout import open_h5, slide_paths
 from histokit.spots.patches import Augmentation, HESpotDataset, PatchSampler, cut_patch, mirror
 from histokit.spots.sampling import Atlas, aim, colour_mix, fold, halve, pack_rgb, sample_torch, unpack_rgb
@@ -222,8 +222,6 @@ def test_whole_slides_are_read_once(file):
     cache = SlideCache(file)
     for name in ("S_0", "S_0", "S_2", "S_2", "S_0"): cache.crop(name, slice(0, 5), slice(0, 5))
     assert (cache.misses, cache.hits, cache.n_bytes) == (2, 3, 2 * NOISE.nbytes)
-    sizes = dict(a=5, b=3, c=3)
-    assert held_whole(sizes, 11) == ["b", "c", "a"] and held_whole(sizes, 10) == ["b"]
 
 
 def test_a_tile_that_cannot_be_read_takes_no_place(file, tmp_path):

@@ -6,7 +6,7 @@
 __all__ = ['spot_findings', 'PixelSummary', 'summarise_pixels', 'pixel_findings', 'tissue_findings', 'lattice_turn',
            'check_targets', 'check_sparsity']
 
-# %% ../../nbs/spots/check_slides.ipynb #c4898445
+# %% ../../nbs/spots/check_slides.ipynb #8392cb4b
 from dataclasses import dataclass
 
 from scipy.spatial import cKDTree
@@ -16,7 +16,7 @@ import pandas as pd
 from ..core.checks import attempt, error, located, note, warning, worst_first
 from ..core.text import BadInput, some_of
 from .lattice import measure_lattice
-from .layout import check_columns, check_values, is_target, read_spots
+from .layout import check_columns, check_spot_values, is_target, read_spots
 from .slides import on_tissue
 
 # %% ../../nbs/spots/check_slides.ipynb #0f640219
@@ -39,7 +39,7 @@ def _column_findings(
         attempt(out, where, check_columns, names, where, targets)
     return worst_first(out)
 
-# %% ../../nbs/spots/check_slides.ipynb #12981b5b
+# %% ../../nbs/spots/check_slides.ipynb #d9c80b82
 _VALUE_MENDS = (
     lambda table: table,
     lambda table: table[np.isfinite(table).all(axis=1)],
@@ -53,7 +53,7 @@ def _value_findings(
     out, seen = [], set()
     for mend in _VALUE_MENDS:
         table, found = mend(table), []
-        attempt(found, where, check_values, table, where)
+        attempt(found, where, check_spot_values, table, where)
         out += [f for f in found if f.mend not in seen]
         seen |= {f.mend for f in found}
     return out

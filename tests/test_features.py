@@ -1,4 +1,4 @@
-"What the page on features cannot say about itself: every ingredient of the key, killed runs, spoilt files, backbones cut in two."
+"What the page on features cannot say about itself: ingredients of the key, killed runs, spoilt files, cut backbones."
 import copy
 from unittest import mock
 
@@ -34,9 +34,9 @@ def slides(shade=0):
     return {n: (rng.integers(0, 200, (90, 100, 3)) + shade).astype(np.uint8) for n in ("S_1", "S_2")}
 
 
-def patches(pixels=None, sizes=(32,), out_px=64, move=0, augment=None, order=slice(None)):
-    at = np.random.default_rng(1).integers(20, 70, (10, 2)) + move
-    spots = pd.DataFrame(dict(slide=["S_1"] * 6 + ["S_2"] * 4, x=at[:, 0], y=at[:, 1])).iloc[order]
+def patches(pixels=None, *, sizes=(32,), out_px=64, move=0, augment=None, order=slice(None)):
+    x, y = (np.random.default_rng(1).integers(20, 70, (10, 2)) + move).T
+    spots = pd.DataFrame(dict(slide=["S_1"] * 6 + ["S_2"] * 4, x=x, y=y)).iloc[order]
     sampler = PatchSampler(pixels or slides(), sizes, out_px, engine="numpy", threads=1)
     return HESpotDataset(spots, sampler, coords=np.zeros((10, 2)), augment=augment)
 
@@ -45,10 +45,14 @@ class Pictures(torch.utils.data.Dataset):
     "Pictures that are not patches, and do not say what they are; perhaps two an item."
     def __init__(self, n=7, seed=0, names=("image",), shift=0):
         g = torch.Generator().manual_seed(seed)
-        self.pixels = {k: torch.randint(0, 200, (n, 3, 64, 64), generator=g, dtype=torch.uint8) + shift for k in names}
+        draw = lambda: torch.randint(0, 200, (n, 3, 64, 64), generator=g, dtype=torch.uint8)
+        self.pixels = {k: draw() + shift for k in names}
 
     def __len__(self): return len(next(iter(self.pixels.values())))
-    def __getitem__(self, i): return {k: v[i] for k, v in self.pixels.items()} | dict(age=torch.tensor(i)), 0
+
+    def __getitem__(self, i):
+        images = {k: v[i] for k, v in self.pixels.items()}
+        return images | dict(age=torch.tensor(i)), 0
 
 
 def encoder(name="test_resnet", **kw):
@@ -172,7 +176,8 @@ def test_draws_are_decided_by_their_seeds(tmp_path):
     careless.augment = lambda image: image
     with pytest.raises(BadInput, match=r"needs a method epoch\(seed\)"):
         cached_features(Counting(), careless, 2, tmp_path, device="cpu")
-    with pytest.raises(BadInput, match="no rows"): cached_features(Counting(), Pictures(0), "none", tmp_path, device="cpu")
+    with pytest.raises(BadInput, match="no rows"):
+        cached_features(Counting(), Pictures(0), "none", tmp_path, device="cpu")
 
 
 class Counting(torch.nn.Module):
@@ -188,8 +193,9 @@ class Counting(torch.nn.Module):
 
 
 def test_killed_run_goes_on(tmp_path):
-    def run(counting, views="dihedral"): return cached_features(counting, patches(), views, tmp_path, batch_size=5, device="cpu")
-    with pytest.raises(KeyboardInterrupt): run(Counting(dies=6))          # two views of two batches each, and half of the third
+    def run(counting, views="dihedral"):
+        return cached_features(counting, patches(), views, tmp_path, batch_size=5, device="cpu")
+    with pytest.raises(KeyboardInterrupt): run(Counting(dies=6))          # two views of two batches each, and a half
     there = sorted(p.name for p in tmp_path.glob("*/*"))
     assert there == [f"view_{v}.{s}" for v in ("identity", "rot90") for s in ("json", "npy")]
     again, none = Counting(), Counting()
@@ -209,7 +215,9 @@ SPOILT = [
 @pytest.mark.parametrize("spoil, says", SPOILT)
 def test_a_spoilt_file_is_reported_and_made_again(tmp_path, spoil, says):
     lines = []
-    def run(): return np.array(cached_features(Counting(), patches(), "none", tmp_path, device="cpu", log=lines.append)[0])
+    def run():
+        found, = cached_features(Counting(), patches(), "none", tmp_path, device="cpu", log=lines.append)
+        return np.array(found)
     before = run()
     spoil(next(tmp_path.glob("*/view_identity.npy")))
     for _ in range(2):
@@ -225,7 +233,9 @@ class Times(Counting):
     def encode(self, image): return super().encode(image) * self.times[0] + self.times[1]
 
 
-@pytest.mark.parametrize("times, plus, kind", [(1., 0., "float16"), (1e4, 0., "float32"), (1e-4, 1., "float32"), (1e-9, 0., "float32")])
+KINDS = [(1., 0., "float16"), (1e4, 0., "float32"), (1e-4, 1., "float32"), (1e-9, 0., "float32")]
+
+@pytest.mark.parametrize("times, plus, kind", KINDS)
 def test_what_half_precision_cannot_hold(tmp_path, times, plus, kind):
     "Large values, and small differences of large values, are kept in single precision, which the description says."
     exact, lines = Counting().encode(patches().batch(range(10))[0]["image"]).numpy(), []
@@ -260,14 +270,17 @@ def test_views_that_are_not(views):
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("unfreeze", [1, 2])
 def test_tail_learns_what_the_whole_learns(name, unfreeze):
-    "A step of gradient descent on the activations before the cut is the step of the whole model, and goes back into it."
+    "A step of gradient descent on the activations before the cut is that of the whole model, and goes back into it."
     whole = encoder(name, unfreeze=unfreeze, dropout=0., fusion="product")
-    image, coords, target = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8), torch.rand(6, 2), torch.randn(6, 3)
+    image = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    coords, target = torch.rand(6, 2), torch.randn(6, 3)
     frozen, tail = split_model(whole)
     with torch.no_grad(): held = frozen.eval().encode(image)
     fresh = copy.deepcopy(whole)
     for m, inputs in ((whole, (image, coords)), (tail, (held, coords))):
-        optimizer = torch.optim.SGD(param_groups(m), lr=.01); Loss("mse")(m.train()(*inputs), target).backward(); optimizer.step()
+        optimizer = torch.optim.SGD(param_groups(m), lr=.01)
+        Loss("mse")(m.train()(*inputs), target).backward()
+        optimizer.step()
     moved = load_tail(fresh, tail).state_dict()
     assert all(torch.allclose(v, moved[k], atol=1e-4) for k, v in whole.state_dict().items())
     assert sum(p.numel() for p in tail.parameters()) < sum(p.numel() for p in whole.parameters())
@@ -278,7 +291,7 @@ def test_tail_learns_what_the_whole_learns(name, unfreeze):
 def test_stages_are_means_of_maps(name):
     m, size = encoder(name).eval(), 160 if name == "test_vit" else 64
     image = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
-    with torch.no_grad(): one, two = Stages(m, (-1,)).eval().encode(image), Stages(m, (-2, -1)).eval().encode(image)
+    with torch.no_grad(): one, two = (Stages(m, which).eval().encode(image) for which in ((-1,), (-2, -1)))
     assert torch.allclose(two[:, -one.shape[1]:], one, atol=1e-5) and two.shape[1] > one.shape[1]
     with pytest.raises(BadInput, match="the backbone has"): Stages(m, (99,))
 

@@ -6,19 +6,18 @@
 __all__ = ['mirror', 'cut_patch', 'patch_size', 'spot_diameter', 'PatchSampler', 'Augmentation', 'normalised_coords',
            'HESpotDataset', 'show_patches']
 
-# %% ../../nbs/spots/patches.ipynb #af6c0849
+# %% ../../nbs/spots/patches.ipynb #a624afdf
 import copy, functools, importlib.util, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from torch.utils.data import Dataset
 import numpy as np
 import torch
 
 from ..core.files import file_sha256, plain, sha256_of
 from ..core.page import Shown
 from ..core.text import BadInput, choose
-from ..learn.batches import Batches, loader
+from ..learn.batches import BatchDataset
 from .cards import html_sample
 from .sampling import (
     Atlas, Jobs, aim, colour_mix, compiled_patch, run_jobs, sample_torch, slide_shape, slide_window)
@@ -251,7 +250,7 @@ def normalised_coords(
     spread = by.transform(lambda v: v.std(ddof=0) or 1.)
     return ((spots[["x", "y"]] - by.transform("mean")) / spread).to_numpy(np.float32).copy()
 
-# %% ../../nbs/spots/patches.ipynb #206b7ca9
+# %% ../../nbs/spots/patches.ipynb #7a50df4b
 def _as_sampler(slides, patch_px, out_px):
     "The sampler itself, or one that cuts squares of so many slide pixels."
     given = isinstance(slides, PatchSampler)
@@ -266,7 +265,7 @@ def _slides_sha256(slides):
     if hasattr(slides, "path"): return file_sha256(slides.path)
     return sha256_of(*(part for name in slides for part in (name, slides[name])))
 
-class HESpotDataset(Dataset):
+class HESpotDataset(BatchDataset):
     "Patches around spots with where each spot lies and what it should be, as single items and as whole batches."
     def __init__(self,
         spots,                # table with slide, x, y
@@ -332,25 +331,11 @@ class HESpotDataset(Dataset):
         target = torch.empty(len(index), 0) if self.target is None else self.target[index]
         return inputs | dict(coords=self.coords[index]), target
 
-    def __getitem__(self, i):
-        if not isinstance(i, (int, np.integer)): return self.batch(i)
-        inputs, target = self.batch([i])
-        return {k: v[0] for k, v in inputs.items()}, target[0]
-
     def sample(self,
         i: int,               # row
     )->Shown:
         "An item, to look at."
         return Shown(f"spot {i} of {self!r}", html_sample, self, i)
-
-    def batches(self,
-        batch_size: int,
-        shuffle: bool = False,
-        seed: int = 0,        # decides the order and the augmentation
-        workers: int = 0,     # processes; 0 = a thread
-    )->Batches:
-        "The batches of one epoch, made ahead of their use."
-        return loader(self, batch_size, shuffle, seed, workers)
 
     def identity(self)->dict:
         "What features cached from it depend on: rows, geometry, pixels, augmentation, and the code that cuts patches."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_error', 'make_dir', 'atomic', 'plain', 'write_text', 'write_json', 'read_json', 'write_table', 'save_figure',
-           'open_run', 'cache_dir', 'sha256_of', 'file_sha256', 'file_fingerprint']
+           'cache_dir', 'sha256_of', 'file_sha256', 'file_fingerprint']
 
 # %% ../../nbs/core/files.ipynb #e4d4f525
 import contextlib, errno, hashlib, json, os, tempfile
@@ -117,13 +117,7 @@ def save_figure(
     with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, bbox_inches="tight")
     return Path(path)
 
-# %% ../../nbs/core/files.ipynb #c9b7bd60
-def open_run(
-    run_dir: str = "",  # "" makes a new temporary folder
-)->Path:                # the folder, existing and writable
-    "The folder that a stage reads from and writes to."
-    return make_dir(run_dir) if run_dir else Path(tempfile.mkdtemp(prefix="histokit-"))
-
+# %% ../../nbs/core/files.ipynb #4a1d7ba5
 def cache_dir()->Path:
     "Where things worth keeping lie: `$HISTOKIT_CACHE`, or `histokit` in the user's cache."
     own, home = os.environ.get("HISTOKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")

@@ -92,10 +92,12 @@ BAD = {
     "negative": (lambda h: edit(h, with_value("C3", 4, -.5)), "C3 of row 4 is -0.5", "cannot be negative"),
     "object": (as_text, "column C2 has type object", "write it as float64"),
     "outside": (lambda h: edit(h, with_value("x", 0, 5000)), "1 of .* spots lie outside", "another resolution"),
-    "duplicate": (lambda h: edit(h, lambda r: np.concatenate([r, r[:2]])), r"2 spot\(s\) given twice", "keep one of each position"),
+    "duplicate": (lambda h: edit(h, lambda r: np.concatenate([r, r[:2]])), r"2 spot\(s\) given twice",
+    "keep one of each position"),
     "empty": (lambda h: edit(h, lambda r: r[:0]), "holds no spot", "remove the slide or fill it"),
     "swapped": (swapped, "lie outside the .* picture", "x and y look swapped"),
-    "beyond 0-1": (lambda h: put(h, "images/Train/S_2", h["images/Train/S_2"][:] * 255), "floats", "scale them to 0-1|store it as uint8"),
+    "beyond 0-1": (lambda h: put(h, "images/Train/S_2", h["images/Train/S_2"][:] * 255), "floats",
+    "scale them to 0-1|store it as uint8"),
 }
 
 
@@ -109,7 +111,8 @@ def make_bad(demo_file, folder, kind):
 def snapshot(run):
     "Hash of every result; what a run writes about itself is not one."
     own = ("params.yaml", "stages.json", ".lock")
-    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.rglob("*")) if p.is_file() and p.name not in own and "failed" not in p.name}
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(run.rglob("*"))
+        if p.is_file() and p.name not in own and "failed" not in p.name}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,8 @@ def earlier(finished_run, tmp_path_factory):
 
 def one_line(result):
     "The only line on stderr, of a command that ended with 1."
-    assert result.exit_code == 1 and (result.exception is None or isinstance(result.exception, SystemExit)), result.output
+    assert result.exit_code == 1 and (result.exception is None
+        or isinstance(result.exception, SystemExit)), result.output
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("histokit: "), lines
     return lines[0]
@@ -149,7 +153,9 @@ def test_run_refuses_and_leaves_earlier_results(kind, demo_file, tmp_path, earli
     assert snapshot(run) == before
 
 
-@pytest.mark.parametrize("name,content,words", [("gone.h5", None, "does not exist"), ("text.h5", b"no HDF5", "not a readable HDF5"), ("folder.h5", "folder", "is a folder"), ("cut.h5", "cut", "cut off")])
+@pytest.mark.parametrize("name,content,words",
+    [("gone.h5", None, "does not exist"), ("text.h5", b"no HDF5", "not a readable HDF5"),
+    ("folder.h5", "folder", "is a folder"), ("cut.h5", "cut", "cut off")])
 def test_files_that_are_no_data_file(name, content, words, demo_file, tmp_path, earlier):
     path, (run, before) = tmp_path/name, earlier
     if content == "folder": path.mkdir()
@@ -167,14 +173,17 @@ def test_check_finds_all_of_it(demo_file, tmp_path):
     shutil.copyfile(demo_file, path)
     with h5py.File(path, "r+") as h:
         edit(h, lower)
-        edit(h, with_value("C1", 3, -1.), "spots/Train/S_2"); edit(h, with_value("C2", 5, np.inf), "spots/Train/S_2"); edit(h, with_value("y", 1, -7), "spots/Train/S_2")
+        edit(h, with_value("C1", 3, -1.), "spots/Train/S_2")
+        edit(h, with_value("C2", 5, np.inf), "spots/Train/S_2")
+        edit(h, with_value("y", 1, -7), "spots/Train/S_2")
         BAD["beyond 0-1"][0](h)
         del h["images/Train/S_3"]
     result = cli("check", path, "--json")
     report = json.loads(result.stdout)
     text = "\n".join(f"{f['where']}: {f['what']}" for f in report["errors"])
     assert result.exit_code == 1 and all(f["mend"] for f in report["errors"])
-    for words in ("'c1'", "C1 of row 3 is -1", "C2 of row 5 is inf", "lie outside", "0-255", "S_3 is missing"): assert words in text, (words, text)
+    for words in ("'c1'", "C1 of row 3 is -1", "C2 of row 5 is inf", "lie outside", "0-255",
+        "S_3 is missing"): assert words in text, (words, text)
 
 
 def test_check_of_a_good_file(demo_file):
@@ -208,7 +217,8 @@ def test_full_disk_keeps_the_earlier_file(tmp_path, monkeypatch):
 def test_results_that_outgrow_the_limit(demo_file, tmp_path):
     "A run whose files may not grow beyond some kilobytes, as on a full disk: one line, and no file half written."
     def limit(): resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-    args = [*CLI, "run", "demo", "--run-dir", str(tmp_path/"run"), *(a for p in [f"data_path={demo_file}", *SMOKE] for a in ("-p", p))]
+    args = [*CLI, "run", "demo", "--run-dir", str(tmp_path/"run"),
+        *(a for p in [f"data_path={demo_file}", *SMOKE] for a in ("-p", p))]
     done = subprocess.run(args, preexec_fn=limit, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
@@ -219,10 +229,11 @@ def test_results_that_outgrow_the_limit(demo_file, tmp_path):
 def test_killed_while_writing(tmp_path):
     "SIGKILL in the middle of a write leaves the earlier file whole, and the next write goes through."
     path = write_table(tmp_path/"a.csv", pd.DataFrame(dict(a=[1])))
-    code = f"import time; from histokit.core import atomic\nwith atomic({str(path)!r}) as tmp: tmp.write_text('half'); print('writing', flush=True); time.sleep(60)"
+    code = f"import time; from histokit.core.files import atomic\nwith atomic({str(path)!r}) as tmp: tmp.write_text('half'); print('writing', flush=True); time.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "writing\n"
-    child.send_signal(signal.SIGKILL); child.wait()
+    child.send_signal(signal.SIGKILL)
+    child.wait()
     assert pd.read_csv(path).a.tolist() == [1]
     write_table(path, pd.DataFrame(dict(a=[2])))
     assert pd.read_csv(path).a.tolist() == [2]
@@ -230,7 +241,8 @@ def test_killed_while_writing(tmp_path):
 
 def test_wrong_parameters(demo_file, tmp_path, earlier):
     run, before = earlier
-    for param, words in (("epoch=3", "did you mean 'epochs'"), ("epochs=many", "must be a whole number"), ("data_path=nowhere.h5", "does not exist"), ("truth_path=nowhere.csv", "does not exist")):
+    for param, words in (("epoch=3", "did you mean 'epochs'"), ("epochs=many", "must be a whole number"),
+        ("data_path=nowhere.h5", "does not exist"), ("truth_path=nowhere.csv", "does not exist")):
         assert words in one_line(cli("run", "demo", "-p", f"data_path={demo_file}", "-p", param, "--run-dir", run))
     assert snapshot(run) == before
 

@@ -29,14 +29,17 @@ def cells(notebook): return json.loads(Path(notebook).read_text())["cells"]
 
 def test_nbdev_table_equals_settings_ini():
     "nbdev 3 reads only pyproject.toml; it must export the same bytes."
-    ini = configparser.ConfigParser(); ini.read(ROOT/"settings.ini")
+    ini = configparser.ConfigParser()
+    ini.read(ROOT/"settings.ini")
     table = tomllib.loads((ROOT/"pyproject.toml").read_text())["tool"]["nbdev"]
-    assert {k: str(v) for k, v in table.items()} == {k: {"True": "True", "False": "False"}.get(v, v) for k, v in ini["DEFAULT"].items()}
+    assert {k: str(v) for k, v in table.items()} == {k: {"True": "True", "False": "False"}.get(v, v) for k,
+        v in ini["DEFAULT"].items()}
 
 
 def test_version_is_one():
     import histokit
-    ini = configparser.ConfigParser(); ini.read(ROOT/"settings.ini")
+    ini = configparser.ConfigParser()
+    ini.read(ROOT/"settings.ini")
     assert histokit.__version__ == ini["DEFAULT"]["version"]
 
 
@@ -117,23 +120,27 @@ def test_a_stage_needs_nothing_of_the_story(stage):
             if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store): bound.add(n.id)
             if isinstance(n, ast.arg): bound.add(n.arg)
             if isinstance(n, (ast.FunctionDef, ast.ClassDef)): bound.add(n.name)
-            if isinstance(n, (ast.Import, ast.ImportFrom)): bound |= {(a.asname or a.name).split(".")[0] for a in n.names}
+            if isinstance(n, (ast.Import, ast.ImportFrom)): bound |= {(a.asname or a.name).split(".")[0]
+                for a in n.names}
     used = set().union(*(names_used("".join(c["source"])) for c in code))
     assert used <= bound, sorted(used - bound)
 
 
 def test_package_imports_light():
     "What only notebooks, papermill or Kaggle need is not imported with the package."
-    unwanted = ("nbdev", "fastcore", "papermill", "kaggle", "staintools", "torchsort", "matplotlib.pyplot", "fastapi", "transformers")
+    unwanted = ("nbdev", "fastcore", "papermill", "kaggle", "staintools", "torchsort", "matplotlib.pyplot", "fastapi",
+        "transformers")
     code = f"import sys, {', '.join(f'histokit.{m}' for m in MODULES)}\nprint([m for m in {unwanted} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+        check=True).stdout.strip() == "[]"
 
 
 def imported(module):
     "The modules of the package that a module imports, at its top or inside a function, in whatever form."
     package = module.rpartition(".")[0]
     for n in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(n, ast.Import): names = [a.name.removeprefix("histokit.") for a in n.names if a.name.startswith("histokit.")]
+        if isinstance(n, ast.Import): names = [a.name.removeprefix("histokit.") for a in n.names
+            if a.name.startswith("histokit.")]
         elif isinstance(n, ast.ImportFrom):
             base = n.module or ""
             if n.level: base = ".".join([*module.split(".")[:-n.level], *([base] if base else [])])
@@ -196,7 +203,8 @@ def test_modules_are_short_and_lines_hold_one_idea(module):
         if t.type not in skip: count[t.start[0]] = count.get(t.start[0], 0) + 1
     assert len(text.splitlines()) < 650
     assert sum(n > 40 for n in count.values()) <= max(1, .01 * len(count)), [i for i, n in count.items() if n > 40]
-    long = [n.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno >= 40]
+    long = [n.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)
+        and n.end_lineno - n.lineno >= 40]
     assert not long, long
 
 
@@ -233,7 +241,8 @@ def test_committed_text_names_no_place():
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
     for name in listed or [str(p.relative_to(ROOT)) for p in NOTEBOOKS]:
         path = ROOT/name
-        if path.suffix in {".py", ".ipynb", ".md", ".toml", ".ini", ".yaml", ".json", ".sh", ".txt", ""} and path.is_file() and path != Path(__file__):
+        if path.suffix in {".py", ".ipynb", ".md", ".toml", ".ini", ".yaml", ".json", ".sh", ".txt",
+            ""} and path.is_file() and path != Path(__file__):
             assert not bad.search(path.read_text(errors="ignore")), name
 
 

@@ -51,7 +51,8 @@ def default(tmp_path_factory):
 def test_layout(small):
     with h5py.File(small.path) as f:
         assert sorted(f) == ["images", "spots"] and sorted(f["images"]) == sorted(f["spots"]) == ["Test", "Train"]
-        assert list(f["images/Train"]) == list(f["spots/Train"]) == ["S_1", "S_2"] and list(f["images/Test"]) == list(f["spots/Test"]) == ["S_3"]
+        assert list(f["images/Train"]) == list(f["spots/Train"]) == ["S_1",
+            "S_2"] and list(f["images/Test"]) == list(f["spots/Test"]) == ["S_3"]
         assert not f.attrs and not any(o.attrs for k in ("images", "spots") for s in f[k] for o in f[k][s].values())
         image, train, test = f["images/Train/S_1"], f["spots/Train/S_1"], f["spots/Test/S_3"]
         assert image.dtype == np.float32 and image.shape[2] == 3 and max(image.shape) == 480 and 0 <= image[:].min() and .8 < image[:].max() <= 1
@@ -117,7 +118,8 @@ def test_full_size_has_the_real_geometry():
     slide = make_slide(0, size=2000)
     g, dots = slide.geo, fiducials(slide.geo)
     assert g.span.tolist() == [6350, 6699] and g.frame.tolist() == [7425, 7540]
-    assert abs(len(slide.xy) - .44*4992) < .05*4992 and slide.image.shape == (g.height, g.width, 3) and slide.image.dtype == np.uint8
+    assert abs(len(slide.xy) - .44*4992) < .05*4992 and slide.image.shape == (g.height, g.width,
+        3) and slide.image.dtype == np.uint8
     assert dots.min() > 8 and (dots.max(0) < [g.width - 8, g.height - 8]).all()
     x, y = np.round(dots).astype(int).T
     assert np.median(slide.image[y, x].mean(1)) < 100                          # the dots are where they are said to be
@@ -137,7 +139,8 @@ def test_heavy_tails_and_known_marginals(default):
 def features(image, xy):
     od = -np.log(np.clip(image/np.quantile(image, .98, axis=(0, 1)), 1/255, 1))
     od = od/od[od.mean(2) > .15].mean(0)
-    maps = [*od.transpose(2, 0, 1), *(od**2).transpose(2, 0, 1), (od[..., 0] > 1.6)*1., np.abs(ndimage.sobel(od.mean(2)))]
+    maps = [*od.transpose(2, 0, 1), *(od**2).transpose(2, 0, 1), (od[..., 0] > 1.6)*1.,
+        np.abs(ndimage.sobel(od.mean(2)))]
     return np.stack([ndimage.uniform_filter(m, w)[xy[1], xy[0]] for m in maps for w in (25, 49)], 1)
 
 
@@ -166,7 +169,9 @@ def test_every_slide_has_its_own_stain(default):
     assert np.array_equal(*same)
 
 
-@pytest.mark.parametrize("bad", [dict(dtype="int8"), dict(coord_scale="nonsense"), dict(coord_scale=[1, 2]), dict(coord_scale=-1), dict(coord_shift=3),
+@pytest.mark.parametrize("bad",
+    [dict(dtype="int8"), dict(coord_scale="nonsense"), dict(coord_scale=[1, 2]), dict(coord_scale=-1),
+    dict(coord_shift=3),
     dict(size=200), dict(n_train=0, n_test=0)])
 def test_bad_arguments_write_nothing(tmp_path, bad):
     with pytest.raises(BadInput) as error:

@@ -23,12 +23,14 @@ CLI = [sys.executable, "-c", "from histokit.cli import main; main()"]
 
 def test_run_folder_is_complete(finished_run, demo_file):
     run, factory = finished_run, DataFactory(demo_file)
-    for name in ("params.yaml", "slides.h5", "spots.parquet", "oof.parquet", "metrics.json", "submission.csv", "run.json", "model.json", "stain.json", "checks.json", *(f"{s}.ipynb" for s in STAGES)):
+    for name in ("params.yaml", "slides.h5", "spots.parquet", "oof.parquet", "metrics.json", "submission.csv",
+        "run.json", "model.json", "stain.json", "checks.json", *(f"{s}.ipynb" for s in STAGES)):
         assert (run/name).exists(), name
     check_submission(pd.read_csv(run/"submission.csv"), int(factory.spots.split.eq("Test").sum()), factory.targets)
     assert not list(run.rglob("*.tmp*"))
     info = json.loads((run/"run.json").read_text())
-    assert set(info["stages"]) == set(STAGES) and all(s["seconds"] > 0 and s["peak_mb"] > 50 for s in info["stages"].values())
+    assert set(info["stages"]) == set(STAGES) and all(s["seconds"] > 0 and s["peak_mb"] > 50
+        for s in info["stages"].values())
     names = [r["name"] for r in json.loads((run/"metrics.json").read_text())["oof"]]
     assert names[0] == "random" and "constant: mean rank" in names and names[-1] == "+ smoothing"
 
@@ -59,13 +61,16 @@ def test_done_stages_are_skipped_and_changed_ones_run(finished_run, demo_file, t
 
 def test_killed_run_leaves_nothing_half_and_carries_on(demo_file, tmp_path):
     run = tmp_path/"killed"
-    args = [*CLI, "run", "demo", "--run-dir", str(run), "-p", f"data_path={demo_file}", *(a for p in [*SMOKE, "epochs=40", "patience=0"] for a in ("-p", p))]
+    args = [*CLI, "run", "demo", "--run-dir", str(run), "-p", f"data_path={demo_file}",
+        *(a for p in [*SMOKE, "epochs=40", "patience=0"] for a in ("-p", p))]
     child = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     limit = time.time() + 240
     while not (run/"folds"/"0"/"last.pt").exists() and time.time() < limit and child.poll() is None: time.sleep(.05)
-    os.killpg(child.pid, signal.SIGKILL); child.wait()
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
     assert (run/"folds"/"0"/"last.pt").exists() and not (run/"submission.csv").exists()
-    for made in [*run.rglob("*.parquet"), *run.rglob("*.json")]: (pd.read_parquet if made.suffix == ".parquet" else lambda p: json.loads(p.read_text()))(made)
+    for made in [*run.rglob("*.parquet"),
+        *run.rglob("*.json")]: (pd.read_parquet if made.suffix == ".parquet" else lambda p: json.loads(p.read_text()))(made)
     said = []
     run_pipeline("demo", [f"data_path={demo_file}", *SMOKE, "epochs=40", "patience=0"], run, show=said.append)
     assert sum("unchanged" in line for line in said) >= 3 and any("going on after epoch" in line for line in said)
@@ -75,7 +80,8 @@ def test_killed_run_leaves_nothing_half_and_carries_on(demo_file, tmp_path):
 def test_two_runs_keep_out_of_one_folder(tmp_path, demo_file):
     from histokit.core.text import BadInput
     from histokit.core.runs import run_lock
-    with run_lock(tmp_path), pytest.raises(BadInput, match="another run is at work"): run_pipeline("demo", [f"data_path={demo_file}"], tmp_path)
+    with run_lock(tmp_path), pytest.raises(BadInput, match="another run is at work"): run_pipeline("demo",
+        [f"data_path={demo_file}"], tmp_path)
 
 
 def test_score_and_validate(finished_run, demo_file):
@@ -92,20 +98,26 @@ def test_score_and_validate(finished_run, demo_file):
 @pytest.mark.slow
 def test_wheel_runs_outside_the_repository(tmp_path, demo_file):
     "The stage notebooks and the recipes travel in the wheel."
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)], check=True,
+        capture_output=True)
     site = tmp_path/"site"
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), *map(str, tmp_path.glob("*.whl"))], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site),
+        *map(str, tmp_path.glob("*.whl"))], check=True)
     env = os.environ | dict(PYTHONPATH=str(site))
-    where = subprocess.run([sys.executable, "-c", "import histokit; print(histokit.__file__)"], env=env, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    where = subprocess.run([sys.executable, "-c", "import histokit; print(histokit.__file__)"], env=env, cwd=tmp_path,
+        capture_output=True, text=True, check=True).stdout
     assert str(site) in where
-    done = subprocess.run([*CLI, "run", "demo", "--run-dir", str(tmp_path/"run"), "-p", f"data_path={demo_file}", *(a for p in SMOKE for a in ("-p", p))], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*CLI, "run", "demo", "--run-dir", str(tmp_path/"run"), "-p", f"data_path={demo_file}",
+        *(a for p in SMOKE for a in ("-p", p))], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path/"run"/"submission.csv").exists()
 
 
 def test_wheel_carries_notebooks_and_recipes(tmp_path):
     import zipfile
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True, capture_output=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    assert {f"histokit/_assets/nbs/{s}.ipynb" for s in STAGES} <= set(names) and "histokit/_assets/params/demo.yaml" in names
+    assert {f"histokit/_assets/nbs/{s}.ipynb"
+        for s in STAGES} <= set(names) and "histokit/_assets/params/demo.yaml" in names
     assert not [n for n in names if "checkpoint" in n or n.endswith(".h5")]

@@ -6,7 +6,7 @@
 __all__ = ['COMPETITION_SPOTS', 'COMPETITION_TEST_SPOTS', 'LATENTS', 'spot_latents', 'Slide', 'make_slide', 'log_quantile',
            'normal_scores', 'type_weights', 'abundances', 'Demo', 'demo_paths', 'make_demo', 'show', 'smoke_demo']
 
-# %% ../../nbs/spots/demo.ipynb #9927db2d
+# %% ../../nbs/spots/demo.ipynb #ea194fb3
 import importlib.util
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,8 @@ import pandas as pd
 from ..core.files import atomic, cache_dir, make_dir, sha256_of, write_json, write_table
 from ..core.text import BadInput
 from .lattice import VISIUM_PITCH_UM
-from .painting import CLASSES, CLASS_NUMBER, Geometry, Stain, Tissue, draw_stain, dye_maps, fiducials, geometry, grow_tissue, photograph, stamp, visium_lattice
+from .painting import (CLASSES, CLASS_NUMBER, Geometry, Stain, Tissue, draw_stain, dye_maps, fiducials,
+    geometry, grow_tissue, photograph, stamp, visium_lattice)
 
 # %% ../../nbs/spots/demo.ipynb #a6e7e64a
 COMPETITION_SPOTS = (2197, 2270, 690, 1187, 1677, 328)            # of 4992, training slides of the competition
@@ -29,8 +30,9 @@ COMPETITION_TEST_SPOTS = 2088
 _SCALES = (.950, .931, .988, .994, .990, .969)         # how far their coordinates are off: true = scale * given
 _SCALE_TEST = .989
 
-# %% ../../nbs/spots/demo.ipynb #cb297faa
-LATENTS = ("solid", "gland", "lymphoid", "necrosis", "fat", "blood", "collagen", "fibroblasts", "lymphocytes", "density",
+# %% ../../nbs/spots/demo.ipynb #a565ad29
+LATENTS = ("solid", "gland", "lymphoid", "necrosis", "fat", "blood", "collagen", "fibroblasts", "lymphocytes",
+    "density",
     "nuclear size", "pleomorphism", "border")
 
 def spot_latents(
@@ -40,26 +42,31 @@ def spot_latents(
     um: float,       # µm per pixel
 )->np.ndarray:       # (n, 13) float64, columns as in LATENTS
     "What lies under each spot, out to 70 µm from its centre."
-    r = int(70/um); dy, dx = np.mgrid[-r:r + 1, -r:r + 1]; disc = dx**2 + dy**2 <= r*r
-    h, w = tissue.mask.shape; at = np.round(xy).astype(int)
+    r = int(70/um)
+    dy, dx = np.mgrid[-r:r + 1, -r:r + 1]
+    disc = dx**2 + dy**2 <= r*r
+    h, w = tissue.mask.shape
+    at = np.round(xy).astype(int)
     iy, ix = np.clip(at[:, 1:] + dy[disc], 0, h - 1), np.clip(at[:, :1] + dx[disc], 0, w - 1)
     share = dict(zip(CLASSES, tissue.classes[:, iy, ix].mean(2).clip(.04)))      # less than 4 % is as good as none
     collagen = (tissue.classes[CLASS_NUMBER["stroma"]][iy, ix]*np.exp(.5*tissue.collagen[iy, ix])).mean(1)
     border = np.exp(-(tissue.nest[iy, ix]/.45)**2).mean(1).clip(.04)
     near = sparse.csr_array(_within(xy, cells, 70/um), dtype=np.float64)
     count = near.sum(1)
-    area, tumour = np.log(cells.long*cells.short).to_numpy(), np.isin(cells.kind, [CLASS_NUMBER["solid"], CLASS_NUMBER["gland"]])
+    area, tumour = np.log(cells.long*cells.short).to_numpy(), np.isin(cells.kind,
+        [CLASS_NUMBER["solid"], CLASS_NUMBER["gland"]])
     kinds = {k: near @ (cells.kind == CLASS_NUMBER[k]).to_numpy(float) for k in ("stroma", "lymphoid")}
     mean = (near @ area + 5*np.log(9))/(count + 5)
     spread = (near @ (tumour*cells.dark.to_numpy()*np.exp(area)))/2e3
-    return np.stack([share["solid"], share["gland"] + share["lumen"], share["lymphoid"], share["necrosis"], share["fat"], share["blood"], collagen,
+    return np.stack([share["solid"], share["gland"] + share["lumen"], share["lymphoid"], share["necrosis"],
+        share["fat"], share["blood"], collagen,
         kinds["stroma"], kinds["lymphoid"], count, mean, spread, border], 1)
 
 def _within(xy, cells, px):
     pairs = cKDTree(xy).sparse_distance_matrix(cKDTree(cells[["x", "y"]].to_numpy()), px, output_type="coo_matrix")
     return sparse.coo_array((np.ones(pairs.nnz), (pairs.row, pairs.col)), shape=(len(xy), len(cells)))
 
-# %% ../../nbs/spots/demo.ipynb #5527fee9
+# %% ../../nbs/spots/demo.ipynb #64ef5a37
 class Slide(NamedTuple):
     "One painted slide and all that is known about it."
     image: np.ndarray      # (H, W, 3) uint8
@@ -82,44 +89,54 @@ def make_slide(
     tissue = grow_tissue(rng, geo, min(.97, 1.06*coverage))         # lumens take some of it back
     h, e, cells = dye_maps(rng, tissue, geo)
     stain, at, n = draw_stain(rng, stain_scatter), fiducials(geo), 27/geo.um
-    dots = stamp(h.shape, *at.T, np.full(len(at), n), np.full(len(at), n), np.zeros(len(at)), rng.uniform(.9, 1.3)*np.exp(.08*rng.standard_normal(len(at))))
+    dots = stamp(h.shape, *at.T, np.full(len(at), n), np.full(len(at), n), np.zeros(len(at)),
+        rng.uniform(.9, 1.3)*np.exp(.08*rng.standard_normal(len(at))))
     solid = ndimage.uniform_filter(tissue.mask - tissue.classes[CLASS_NUMBER["lumen"]], round(50/geo.um)) > .5
-    xy = visium_lattice(geo); i = np.round(xy).astype(int)
+    xy = visium_lattice(geo)
+    i = np.round(xy).astype(int)
     xy = rng.permutation(xy[solid[i[:, 1], i[:, 0]]])
     return Slide(photograph(rng, h, e, dots, stain), xy, spot_latents(xy, tissue, cells, geo.um), geo, stain, solid)
 
-# %% ../../nbs/spots/demo.ipynb #e37539fe
+# %% ../../nbs/spots/demo.ipynb #f16b4a76
 # (35, 6): quantiles at .05 .25 .50 .75, level of the outer fence, mean rank within a spot (1 to 35)
 _FACTS = np.array([[float(v) for v in row.split()] for row in """
-    .00204 .0164 .0699 .812 .872 26.6 | .00721 .0286 .0709 .156 .935 28.1 | .00341 .0205 .0672 .531 .856 27.0 |
-    8.02e-6 .000365 .00459 .273 .83 17.5 | 8.19e-5 .00666 .289 1.14 .956 26.1 | 7.75e-6 .000185 .00207 .0638 .806 15.2 |
-    .000991 .00691 .0222 .0643 .916 20.7 | 1.3e-5 .00014 .000993 .0069 .844 10.1 | 1.78e-5 .000229 .00717 .193 .83 18.0 |
-    1.26e-6 3.11e-5 .000498 .0175 .811 9.9 | 2.07e-6 5.02e-5 .000489 .0119 .808 10.3 | .000354 .00278 .00908 .0309 .872 17.7 |
-    4.58e-6 6.47e-5 .000562 .00557 .837 8.5 | .000269 .00176 .00773 .0403 .863 18.3 | 8.08e-5 .00205 .0151 .0951 .847 19.8 |
-    .00169 .022 .166 .899 .887 27.9 | 9.29e-6 .00292 .0298 .154 .88 21.9 | .000848 .00706 .0263 .0923 .861 21.6 |
-    1.2e-5 .000451 .00643 .0501 .869 16.2 | .000708 .00637 .0246 .0779 .922 21.1 | 1.31e-5 .000309 .00413 .0358 .859 14.2 |
-    2.44e-6 4.41e-5 .00109 .0231 .853 11.4 | .00448 .0232 .0612 .151 .925 27.1 | .000138 .00297 .0329 .211 .901 22.4 |
-    2.15e-5 .000308 .00349 .0473 .834 16.4 | 1.24e-5 .000164 .0012 .0123 .825 11.7 | 7.97e-6 .000155 .00308 .107 .814 15.9 |
-    6.97e-6 .000121 .00121 .012 .838 10.6 | 1.09e-5 .000224 .00264 .0256 .839 13.4 | 5.53e-7 8.08e-6 8.21e-5 .00507 .793 6.8 |
-    .00348 .0187 .0546 .135 .915 26.2 | .00288 .0156 .0451 .114 .923 25.1 | 5.61e-6 .000118 .0012 .0159 .831 11.4 |
-    1.78e-5 .000385 .00307 .022 .85 12.8 | .00113 .00855 .0271 .0778 .913 22.0""".split("|")])
+    .00204 .0164 .0699 .812 .872 26.6 | .00721 .0286 .0709 .156 .935 28.1 |
+    .00341 .0205 .0672 .531 .856 27.0 | 8.02e-6 .000365 .00459 .273 .83 17.5 |
+    8.19e-5 .00666 .289 1.14 .956 26.1 | 7.75e-6 .000185 .00207 .0638 .806 15.2 |
+    .000991 .00691 .0222 .0643 .916 20.7 | 1.3e-5 .00014 .000993 .0069 .844 10.1 |
+    1.78e-5 .000229 .00717 .193 .83 18.0 | 1.26e-6 3.11e-5 .000498 .0175 .811 9.9 |
+    2.07e-6 5.02e-5 .000489 .0119 .808 10.3 | .000354 .00278 .00908 .0309 .872 17.7 |
+    4.58e-6 6.47e-5 .000562 .00557 .837 8.5 | .000269 .00176 .00773 .0403 .863 18.3 |
+    8.08e-5 .00205 .0151 .0951 .847 19.8 | .00169 .022 .166 .899 .887 27.9 |
+    9.29e-6 .00292 .0298 .154 .88 21.9 | .000848 .00706 .0263 .0923 .861 21.6 |
+    1.2e-5 .000451 .00643 .0501 .869 16.2 | .000708 .00637 .0246 .0779 .922 21.1 |
+    1.31e-5 .000309 .00413 .0358 .859 14.2 | 2.44e-6 4.41e-5 .00109 .0231 .853 11.4 |
+    .00448 .0232 .0612 .151 .925 27.1 | .000138 .00297 .0329 .211 .901 22.4 |
+    2.15e-5 .000308 .00349 .0473 .834 16.4 | 1.24e-5 .000164 .0012 .0123 .825 11.7 |
+    7.97e-6 .000155 .00308 .107 .814 15.9 | 6.97e-6 .000121 .00121 .012 .838 10.6 |
+    1.09e-5 .000224 .00264 .0256 .839 13.4 | 5.53e-7 8.08e-6 8.21e-5 .00507 .793 6.8 |
+    .00348 .0187 .0546 .135 .915 26.2 | .00288 .0156 .0451 .114 .923 25.1 |
+    5.61e-6 .000118 .0012 .0159 .831 11.4 | 1.78e-5 .000385 .00307 .022 .85 12.8 |
+    .00113 .00855 .0271 .0778 .913 22.0""".split("|")])
 _LOW, _HIGH = np.log(6e-10), np.log(29.5)             # the range of all abundances
 
 def log_quantile(
     z,            # (n, 35) standard normal scores
 )->np.ndarray:    # (n, 35) natural log of the abundance
-    "Each type's own quantile function: linear in log between the known quantiles, levelling off towards the range's ends beyond them."
-    q = np.log(_FACTS[:, :4]); fence = np.log(_FACTS[:, 3] + 1.5*(_FACTS[:, 3] - _FACTS[:, 1]))
+    "Each type's own quantile function: linear in log between known quantiles, levelling off towards the range's ends."
+    q = np.log(_FACTS[:, :4])
+    fence = np.log(_FACTS[:, 3] + 1.5*(_FACTS[:, 3] - _FACTS[:, 1]))
     out = np.empty_like(z, dtype=float)
     for j in range(len(q)):
         at, v, t = ndtri([.05, .25, .5, .75, _FACTS[j, 4]]), [*q[j], fence[j]], z[:, j]
         out[:, j] = np.interp(t, at, v)
         for beyond, end, i, k in ((t - at[-1], _HIGH, -1, -2), (at[0] - t, _LOW, 0, 1)):
             slope, room = (v[k] - v[i])/(at[k] - at[i]), end - v[i]
-            out[:, j] = np.where(beyond > 0, v[i] + room*(1 - np.exp(-slope*np.maximum(beyond, 0)/abs(room))), out[:, j])
+            out[:, j] = np.where(beyond > 0, v[i] + room*(1 - np.exp(-slope*np.maximum(beyond, 0)/abs(room))),
+                out[:, j])
     return out
 
-# %% ../../nbs/spots/demo.ipynb #55cc5ceb
+# %% ../../nbs/spots/demo.ipynb #b5676727
 def normal_scores(
     x,            # (n, k)
 )->np.ndarray:    # (n, k) float64
@@ -129,18 +146,21 @@ def normal_scores(
         _, where, n = np.unique(column, return_inverse=True, return_counts=True)
         out[:, j] = ndtri((n.cumsum() - n/2)/len(column))[where]
     return out
-_TYPES_PER_LATENT = (4, 4, 4, 3, 2, 1, 4, 3, 3, 3, 1, 2, 1)    # 35 types share out the causes, the clearly visible ones more often
+# 35 types share out the causes, the clearly visible ones more often
+_TYPES_PER_LATENT = (4, 4, 4, 3, 2, 1, 4, 3, 3, 3, 1, 2, 1)
 _SHARED = .7     # how much more of everything there is where nuclei are dense
 
 def type_weights()->np.ndarray:   # (35, 13)
-    "What drives each cell type: one main cause, three lesser ones, and how many cells there are at all; the same in every demo."
-    rng = np.random.default_rng(35); k = len(LATENTS); w = np.zeros((35, k))
+    "What drives each cell type: a main cause, three lesser ones, how many cells there are; the same in every demo."
+    rng = np.random.default_rng(35)
+    k = len(LATENTS)
+    w = np.zeros((35, k))
     for j, main in enumerate(rng.permutation(np.repeat(np.arange(k), _TYPES_PER_LATENT))):
         w[j, main] = 1
         w[j, rng.choice(np.delete(np.arange(k), main), 3, replace=False)] = rng.normal(0, .4, 3)
     return w + _SHARED*(np.array(LATENTS) == "density")
 
-# %% ../../nbs/spots/demo.ipynb #31d579e4
+# %% ../../nbs/spots/demo.ipynb #74003d0b
 _NOISE = dict(slide=.04, spot=.06, total=.12)     # shares of each type's variance that no picture tells
 
 def abundances(
@@ -150,15 +170,17 @@ def abundances(
     "Cell-type abundances of all slides of a file."
     signal = normal_scores(normal_scores(np.concatenate(latents)) @ type_weights().T)
     slide = np.repeat(np.arange(len(latents)), [len(v) for v in latents])
-    draw = dict(slide=rng.standard_normal((len(latents), 35))[slide], spot=rng.standard_normal(signal.shape), total=rng.standard_normal((len(slide), 1)))
-    noise = np.sqrt(sum(_NOISE.values())); a = np.sqrt(1 - noise**2)
+    draw = dict(slide=rng.standard_normal((len(latents), 35))[slide], spot=rng.standard_normal(signal.shape),
+        total=rng.standard_normal((len(slide), 1)))
+    noise = np.sqrt(sum(_NOISE.values()))
+    a = np.sqrt(1 - noise**2)
     z = a*signal + sum(np.sqrt(_NOISE[k])*v for k, v in draw.items())
     node, weight = np.polynomial.hermite_e.hermegauss(15)
     expected = sum(w*log_quantile(a*signal + noise*t) for t, w in zip(node, weight/weight.sum()))
     ends = np.cumsum([len(v) for v in latents])[:-1]
     return np.split(np.exp(log_quantile(z)), ends), np.split(np.exp(expected), ends)
 
-# %% ../../nbs/spots/demo.ipynb #5ae34a19
+# %% ../../nbs/spots/demo.ipynb #69356d4e
 class Demo(NamedTuple):
     "A demo's files."
     path: Path       # the data, in the competition's layout
@@ -181,20 +203,24 @@ def _coord_scales(coord_scale, n_train, n_test):
     if coord_scale == "competition": return [_SCALES[i % 6] for i in range(n_train)] + [_SCALE_TEST]*n_test
     try: scales = [float(s) for s in np.ravel(coord_scale)]
     except ValueError: scales = []
-    if len(scales) not in (1, n) or min(scales) <= 0: raise BadInput(f"coord_scale={coord_scale!r}: use none, competition, one factor or {n} factors above 0")
+    if len(scales) not in (1, n) or min(scales) <= 0:
+        raise BadInput(f"coord_scale={coord_scale!r}: use none, competition, one factor or {n} factors above 0")
     return scales*(n if len(scales) == 1 else 1)
 
 def _coord_shifts(coord_shift, n):
     shifts = np.asarray(coord_shift, float)
-    if shifts.shape not in ((2,), (n, 2)): raise BadInput(f"coord_shift={coord_shift!r}: use one pair dx, dy or {n} pairs")
+    if shifts.shape not in ((2,), (n,
+        2)): raise BadInput(f"coord_shift={coord_shift!r}: use one pair dx, dy or {n} pairs")
     return np.broadcast_to(shifts, (n, 2))
 
-# %% ../../nbs/spots/demo.ipynb #42ec8ea1
-_AS = dict(uint8=lambda v: v, uint16=lambda v: v.astype(np.uint16)*257, float32=lambda v: v/np.float32(255), float64=lambda v: v/255.)
+# %% ../../nbs/spots/demo.ipynb #d2f570d5
+_AS = dict(uint8=lambda v: v, uint16=lambda v: v.astype(np.uint16)*257, float32=lambda v: v/np.float32(255),
+    float64=lambda v: v/255.)
 
 def _spot_records(given, values=None):
     names = [f"C{j + 1}" for j in range(35)] if values is not None else ["Test_Set"]
-    out = np.zeros(len(given), [("x", "<i8"), ("y", "<i8"), *((c, "<f8" if values is not None else "<i8") for c in names)])
+    out = np.zeros(len(given), [("x", "<i8"), ("y", "<i8"),
+        *((c, "<f8" if values is not None else "<i8") for c in names)])
     out["x"], out["y"] = given.T
     for j, c in enumerate(names): out[c] = 1 if values is None else values[:, j]
     return out
@@ -209,19 +235,22 @@ def _write_csv(path, rows):
     table = pd.DataFrame(np.concatenate(rows), columns=[f"C{j + 1}" for j in range(35)])
     return write_table(path, table.rename_axis("ID").reset_index())
 
-# %% ../../nbs/spots/demo.ipynb #699a0429
+# %% ../../nbs/spots/demo.ipynb #8b0a4d41
 def _slide_facts(name, split, s, scale, shift):
     g = s.geo
-    return dict(name=name, split=split, n_spots=len(s.xy), um_per_px=g.um, pitch_px=VISIUM_PITCH_UM/g.um, angle_rad=g.angle, centre_px=[g.cx, g.cy], cols=g.cols,
+    return dict(name=name, split=split, n_spots=len(s.xy), um_per_px=g.um, pitch_px=VISIUM_PITCH_UM/g.um,
+        angle_rad=g.angle, centre_px=[g.cx, g.cy], cols=g.cols,
         rows=g.rows, frame_px=g.frame/g.um, span_px=g.span/g.um, coord_scale=scale, coord_shift=shift,
         stain_matrix=s.stain.matrix, stain_strength=s.stain.strength, light=s.stain.light)
 
 def _spot_table(names, splits, slides, given):
-    rows = [pd.DataFrame(dict(slide=n, split=p, row=np.arange(len(s.xy)), x=g[:, 0], y=g[:, 1], x_true=s.xy[:, 0], y_true=s.xy[:, 1])).join(
-        pd.DataFrame(s.latents, columns=[f"latent {k}" for k in LATENTS])) for n, p, s, g in zip(names, splits, slides, given)]
+    rows = [pd.DataFrame(dict(slide=n, split=p, row=np.arange(len(s.xy)), x=g[:, 0], y=g[:, 1], x_true=s.xy[:, 0],
+        y_true=s.xy[:, 1])).join(
+        pd.DataFrame(s.latents, columns=[f"latent {k}" for k in LATENTS])) for n, p, s,
+        g in zip(names, splits, slides, given)]
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/spots/demo.ipynb #e26f8de4
+# %% ../../nbs/spots/demo.ipynb #957db003
 def make_demo(
     path,                      # the HDF5 to write; its truth is written beside it
     n_train: int = 4,          # slides with abundances, S_1 and up
@@ -238,29 +267,37 @@ def make_demo(
     "Write a synthetic file in the competition's layout, and what is true of it beside it."
     if n_train + n_test < 1: raise BadInput("n_train and n_test are both 0: a demo needs at least one slide")
     if dtype not in _AS: raise BadInput(f"dtype='{dtype}': use one of {', '.join(_AS)}")
-    n, out = n_train + n_test, demo_paths(path); make_dir(out.path.parent)
+    n, out = n_train + n_test, demo_paths(path)
+    make_dir(out.path.parent)
     scales, shifts = _coord_scales(coord_scale, n_train, n_test), _coord_shifts(coord_shift, n)
     names, splits = [f"S_{i + 1}" for i in range(n)], ["Train"]*n_train + ["Test"]*n_test
     share = [COMPETITION_SPOTS[i % 6]/4992 for i in range(n_train)] + [COMPETITION_TEST_SPOTS/4992]*n_test
     slides = [make_slide([seed, i], size, um_per_px, min(.95, coverage*c), stain_scatter) for i, c in enumerate(share)]
     values, expected = abundances(np.random.default_rng([35, seed]), [s.latents for s in slides])
     given = [np.round((s.xy - t)/k).astype(int) for s, k, t in zip(slides, scales, shifts)]
-    if n_test: _write_csv(out.truth, values[n_train:]); _write_csv(out.expected, expected[n_train:])
+    if n_test:
+        _write_csv(out.truth, values[n_train:])
+        _write_csv(out.expected, expected[n_train:])
     write_table(out.spots, _spot_table(names, splits, slides, given))
     write_json(out.slides, [_slide_facts(*v) for v in zip(names, splits, slides, scales, shifts)])
     _write_h5(out.path, names, splits, slides, given, values, dtype)
     return out
 
-# %% ../../nbs/spots/demo.ipynb #ac1f186f
+# %% ../../nbs/spots/demo.ipynb #b1cec5ec
 def _draw_maps(ax, image, xy, value, name):
     c = np.clip(xy[np.linalg.norm(xy - xy.mean(0), axis=1).argmin()] - 100, 0, np.array(image.shape[1::-1]) - 200)
-    ax[0].imshow(image[c[1]:c[1] + 200, c[0]:c[0] + 200], extent=(c[0], c[0] + 200, c[1] + 200, c[1])); ax[0].set_title("Close-up: 200 px"); ax[0].axis("off")
-    ax[1].imshow(image, alpha=.35); ax[1].scatter(*xy.T, c=np.log10(value), s=6, cmap="viridis"); ax[1].set_title(f"log10 of {name}")
+    ax[0].imshow(image[c[1]:c[1] + 200, c[0]:c[0] + 200], extent=(c[0], c[0] + 200, c[1] + 200, c[1]))
+    ax[0].set_title("Close-up: 200 px")
+    ax[0].axis("off")
+    ax[1].imshow(image, alpha=.35)
+    ax[1].scatter(*xy.T, c=np.log10(value), s=6, cmap="viridis")
+    ax[1].set_title(f"log10 of {name}")
 
 def _draw_marginals(ax, values):
     q = np.quantile(values, [.05, .25, .5, .75], axis=0)
     for k, level in enumerate((5, 25, 50, 75)): ax.loglog(_FACTS[:, k], q[k], ".", label=f"{level} %")
-    ax.plot([1e-7, 3], [1e-7, 3], "k-", lw=.6); ax.legend(fontsize=6, title="quantile", title_fontsize=6)
+    ax.plot([1e-7, 3], [1e-7, 3], "k-", lw=.6)
+    ax.legend(fontsize=6, title="quantile", title_fontsize=6)
     ax.set(title="Marginals", xlabel="known quantile, against the demo's")
 
 def _showable(v): return v/np.float32(65535) if v.dtype == np.uint16 else v
@@ -279,19 +316,24 @@ def show(
     fig, ax = plt.subplots(3, max(3, len(names)), figsize=(2.3*max(3, len(names)), 7), layout="constrained")
     for a in ax.flat: a.axis("off")
     for i, ((name, _), (h, w, _), small, r) in enumerate(zip(names, shapes, thumbs, records)):
-        for a, title in zip(ax[:2, i], (name, f"{len(r)} spots")): a.imshow(small, extent=(0, w, h, 0)); a.set_title(title)
+        for a, title in zip(ax[:2, i], (name, f"{len(r)} spots")):
+            a.imshow(small, extent=(0, w, h, 0))
+            a.set_title(title)
         ax[1, i].plot(r["x"], r["y"], ".", ms=1, color="yellow")
-    ax[2, 2].axis("on"); r = records[0]
+    ax[2, 2].axis("on")
+    r = records[0]
     _draw_maps(ax[2, :2], first, np.stack([r["x"], r["y"]], 1), r[target], target)
-    _draw_marginals(ax[2, 2], np.concatenate([[list(v)[2:] for v in r.tolist()] for r in records if target in r.dtype.names]))
+    _draw_marginals(ax[2, 2], np.concatenate([[list(v)[2:] for v in r.tolist()] for r in records
+        if target in r.dtype.names]))
     return fig
 
-# %% ../../nbs/spots/demo.ipynb #5642a0dc
+# %% ../../nbs/spots/demo.ipynb #100cf62c
 _SMOKE = dict(n_train=3, n_test=1, size=512, um_per_px=5., seed=1, coverage=1.15)
 
 def smoke_demo()->Path:       # the HDF5; `demo_paths` names what lies beside it
     "A tiny cached demo: 3 slides to train on, 1 to predict."
-    source = b"".join(Path(importlib.util.find_spec(f"histokit.spots.{m}").origin).read_bytes() for m in ("painting", "demo"))
+    source = b"".join(Path(importlib.util.find_spec(f"histokit.spots.{m}").origin).read_bytes()
+        for m in ("painting", "demo"))
     key = sha256_of(source, repr(_SMOKE))[:10]
     path = cache_dir()/f"smoke-{key}"/"demo.h5"
     if not all(p.exists() for p in demo_paths(path)): make_demo(path, **_SMOKE)

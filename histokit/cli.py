@@ -17,7 +17,7 @@ import typer
 import histokit
 from .core.text import BadInput
 
-# %% ../nbs/cli.ipynb #8ab39381
+# %% ../nbs/cli.ipynb #9b9e8f5b
 _settings = dict(help_option_names=["-h", "--help"])
 _group = dict(no_args_is_help=True, context_settings=_settings)
 app = typer.Typer(**_group, add_completion=False, pretty_exceptions_enable=False,
@@ -50,7 +50,8 @@ def _version(asked: bool):
     typer.echo(f"histokit {histokit.__version__}")
     raise typer.Exit
 
-Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")]
+_about = dict(callback=_version, is_eager=True, help="print the version and exit")
+Version = Annotated[bool, typer.Option("--version", **_about)]
 
 @app.callback()
 def _main(version: Version = False): pass
@@ -73,14 +74,14 @@ def say_findings(findings, text: str, as_json: bool, **more)->None:
     say(by_level | more, text, as_json)
     if by_level["errors"]: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #6287d96b
+# %% ../nbs/cli.ipynb #d08a396c
 def _run(recipe, param, run_dir, force, as_json):
     "A run, its lines and its report."
     from histokit.core.files import read_json
-    from histokit.pipeline import report, run_pipeline
+    from histokit.pipeline import run_pipeline, run_report
     show = functools.partial(typer.echo, err=as_json)
     run = run_pipeline(recipe, param or (), run_dir, force=force, show=show)
-    say(dict(run=run, submission=run/"submission.csv", **read_json(run/"metrics.json")), report(run), as_json)
+    say(dict(run=run, submission=run/"submission.csv", **read_json(run/"metrics.json")), run_report(run), as_json)
 
 @command()
 def demo(param: Params = None, run_dir: RunDir = "", force: Force = False, as_json: Json = False):
@@ -178,7 +179,7 @@ def score(submission: Path, truth: Path, as_json: Json = False):
     text = f"mean per-spot Spearman {interval} over {len(each)} spots; per type {per_type:.4f}"
     say(dict(per_spot=each.mean(), low=low, high=high, per_type=per_type, spots=len(each)), text, as_json)
 
-# %% ../nbs/cli.ipynb #91949769
+# %% ../nbs/cli.ipynb #91b7794f
 def _stained(name, report):
     "What became of a picture, in one line."
     left = "left as it is" if report.get("written", True) else "not written"
@@ -188,7 +189,7 @@ def _stained(name, report):
 @command()
 def stain(
     image: Annotated[Path, typer.Argument(help="a picture, an HDF5 file of slides, or a folder of pictures")],
-    reference: Annotated[str, typer.Argument(help="a picture, a saved normaliser (.json), or a slide of the HDF5 file ('' is the first)")],
+    reference: Annotated[str, typer.Argument(help="a picture, a normaliser (.json), or a slide of the file ('': the first)")],
     out: Annotated[Path, typer.Argument(help="of the same kind as IMAGE")],
     method: Annotated[str, typer.Option(help="vahadane, macenko, ruifrok, reinhard, modified-reinhard")] = "vahadane",
     engine: Annotated[str, typer.Option(help="auto, numba, torch, numpy, staintools")] = "auto",
@@ -218,8 +219,8 @@ def import_visium_command(
     "Add a slide of your own, from Space Ranger's output or an .h5ad, to a data file."
     from histokit.spots.own_slides import import_visium
     part = "Test" if test else "Train"
-    done = import_visium(outs, targets or None, out, image=image, split=part, name=name, append=append, overwrite=overwrite,
-        patient=patient, sample=sample, bin_um=bin_um, scale=scale, reduce_to=reduce_to, library=library)
+    done = import_visium(outs, targets or None, out, image=image, split=part, name=name, append=append,
+        overwrite=overwrite, patient=patient, sample=sample, bin_um=bin_um, scale=scale, reduce_to=reduce_to, library=library)
     say(vars(done), str(done), as_json)
 
 @command()

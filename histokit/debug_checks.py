@@ -7,7 +7,7 @@ __all__ = ['Finding', 'format_findings', 'raise_errors', 'check_improves', 'chec
            'check_rule', 'check_training', 'check_between_slides', 'check_file', 'check_sparsity', 'check_stains',
            'check_table', 'check_targets', 'write_report', 'check_centred', 'check_dataset', 'check_images',
            'check_ladder', 'check_predictions', 'check_smoothing', 'check_submission_file', 'check_run',
-           'check_split_honesty']
+           'check_split_honesty', 'write_checks']
 
 # %% ../nbs/05_debug_checks.ipynb #1bb95d56
 from .core.checks import Finding, format_findings, raise_errors
@@ -19,11 +19,11 @@ from .spots.check_predictions import check_predictions, check_smoothing, check_s
 from .spots.check_run import check_ladder, check_run, check_split_honesty, check_training, write_checks
 from .spots.check_slides import check_sparsity, check_targets
 
-# %% ../nbs/05_debug_checks.ipynb #66266047
+# %% ../nbs/05_debug_checks.ipynb #c30af232
 _all_ = ["Finding", "format_findings", "raise_errors",
     "check_improves", "check_loss", "check_norms", "check_optimizer", "check_rule", "check_training",
     "check_between_slides", "check_file", "check_sparsity", "check_stains", "check_table", "check_targets",
     "write_report",
     "check_centred", "check_dataset", "check_images",
     "check_ladder", "check_predictions", "check_smoothing", "check_submission_file",
-    "check_run", "check_split_honesty"]
+    "check_run", "check_split_honesty", "write_checks"]

@@ -233,7 +233,7 @@ if Path(histokit.__file__).resolve().parent != (code/"histokit").resolve():
 histokit.__version__, histokit.__file__
 '''
 
-# %% ../nbs/07_kaggle.ipynb #a2eacb76
+# %% ../nbs/07_kaggle.ipynb #d79ada62
 _LOOK = '''
 import glob, os
 from pathlib import Path
@@ -253,12 +253,12 @@ data, file or "weights as the recipe says", pick_device()
 _RUN = '''
 import shlex
 
-from histokit.pipeline import report, run_pipeline
+from histokit.pipeline import run_pipeline, run_report
 
 settings = [f"data_path={data}", *([f"weights={file}"] if file else []), *shlex.split(overrides)]
 run = run_pipeline(recipe, settings, out_dir or working/"run")
 '''
-_LADDER = "print(report(run))"
+_LADDER = "print(run_report(run))"
 _ENGINES = '''
 facts = read_json(run/"run.json")
 engines = {part: read_json(run/f"{part}.json")["engine"] for part in ("stain", "model")}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_recipe', 'read_recipe', 'recipe_task', 'typed',
            'Ask', 'task_parameters', 'resolve', 'stage_settings', 'check_values', 'absolute_paths', 'check_space',
-           'stage_key', 'first_key', 'Progress', 'run_pipeline', 'report', 'demo_run']
+           'stage_key', 'first_key', 'Progress', 'run_pipeline', 'run_report', 'demo_run']
 
 # %% ../nbs/06_pipeline.ipynb #1957ff0c
 import importlib, os, re, shutil, time
@@ -294,8 +294,8 @@ def _run_stage(run, task, stage, params, before, progress):
     progress.show(f"    {took['seconds']:.0f} s, {took['peak_mb']} MB")
     return key
 
-# %% ../nbs/06_pipeline.ipynb #54b58fdb
-def report(
+# %% ../nbs/06_pipeline.ipynb #fb530ccc
+def run_report(
     run,             # folder of a finished run
 )->str:              # the ladders, and where things lie
     "What a run has to say at its end."

@@ -12,7 +12,8 @@ import pytest
 
 from histokit.core.notebooks import names_used, stage_cells, stage_parameters
 from histokit.core.runs import assets
-from histokit.pipeline import STAGES, TASKS, check_values, find_recipe, read_recipe, recipe_task, resolve, task_parameters
+from histokit.pipeline import STAGES, TASKS, check_values, find_recipe, read_recipe, recipe_task, resolve
+from histokit.pipeline import task_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/"histokit"
@@ -52,7 +53,7 @@ def test_parameters_cell_is_what_papermill_sees(stage):
     assert set(mine) == set(seen) and mine
     assert {n: p[0] for n, p in mine.items()} == {n: p["inferred_type_name"] for n, p in seen.items()}
     source = next("".join(c["source"]) for c in cells(notebook) if "parameters" in c["metadata"].get("tags", []))
-    assert len(mine) == len(source.strip().splitlines()), "every line of a parameters cell is a typed literal with a comment"
+    assert len(mine) == len(source.strip().splitlines()), "each line of a parameters cell is a literal with a comment"
     for name, (*_, about) in mine.items(): assert about, name
 
 
@@ -69,7 +70,7 @@ def test_notebook_is_light_and_portable(notebook):
 def test_notebooks_are_shown_with_their_outputs():
     for notebook in NOTEBOOKS:
         code = [c for c in cells(notebook) if c["cell_type"] == "code"]
-        assert sum(bool(c["outputs"]) for c in code) >= len(code) / 8, f"{notebook.name} was saved without outputs: run `make notebooks`"
+        assert sum(bool(c["outputs"]) for c in code) >= len(code) / 8, f"{notebook.name}: run `make notebooks`"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
@@ -130,14 +131,14 @@ def test_package_imports_light():
     "What only notebooks, papermill or Kaggle need is not imported with the package."
     unwanted = ("nbdev", "fastcore", "papermill", "kaggle", "staintools", "torchsort", "matplotlib.pyplot", "fastapi",
         "transformers")
-    code = f"import sys, {', '.join(f'histokit.{m}' for m in MODULES)}\nprint([m for m in {unwanted} if m in sys.modules])"
+    modules = ", ".join(f"histokit.{m}" for m in MODULES)
+    code = f"import sys, {modules}\nprint([m for m in {unwanted} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
         check=True).stdout.strip() == "[]"
 
 
 def imported(module):
     "The modules of the package that a module imports, at its top or inside a function, in whatever form."
-    package = module.rpartition(".")[0]
     for n in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(n, ast.Import): names = [a.name.removeprefix("histokit.") for a in n.names
             if a.name.startswith("histokit.")]

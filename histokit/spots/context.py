@@ -6,7 +6,7 @@
 __all__ = ['AROUND', 'NeighbourMean', 'NeighbourAttention', 'ContextHead', 'load_context', 'turn_offsets', 'ContextDataset',
            'context_answer', 'train_context', 'fit_context']
 
-# %% ../../nbs/spots/context.ipynb #8a533907
+# %% ../../nbs/spots/context.ipynb #de9b5b55
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..frozen.heads import Fit, fit_nested
 from ..frozen.network_head import FeatureDataset, train_head
 from ..learn.networks import make_head, start_at
 from ..learn.views import VIEWS
-from .network import FUSIONS, fuse, place_encoder
+from .network import fuse, place_encoder
 
 # %% ../../nbs/spots/context.ipynb #f20cf465
 def _zero_linear(inner, width):

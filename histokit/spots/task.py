@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['TITLES', 'prepare', 'bytes_needed', 'report']
 
-# %% ../../nbs/spots/task.ipynb #612f65c5
+# %% ../../nbs/spots/task.ipynb #9e62a7de
 import os
-from pathlib import Path
 
 import pandas as pd
 

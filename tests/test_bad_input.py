@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from histokit.core.files import atomic, read_json, write_json, write_table
 from histokit.core.text import BadInput
 from histokit.cli import app
+from histokit.spots.mistakes import replace_dataset
 
 CLI = [sys.executable, "-c", "from histokit.cli import main; main()"]
 FIRST = "spots/Train/S_1"
@@ -28,14 +29,9 @@ FIRST = "spots/Train/S_1"
 def cli(*args): return CliRunner().invoke(app, [str(a) for a in args])
 
 
-def put(h, where, value):
-    del h[where]
-    h[where] = value
-
-
 def edit(h, change, where=FIRST):
     "Change a slide's record array."
-    put(h, where, change(h[where][:]))
+    replace_dataset(h, where, change(h[where][:]))
 
 
 def renamed(old, new):
@@ -62,17 +58,17 @@ def as_text(h):
     types = [(n, h5py.string_dtype() if n == "C2" else rec.dtype[n]) for n in rec.dtype.names]
     new = np.zeros(len(rec), types)
     for n in rec.dtype.names: new[n] = rec[n].astype(str) if n == "C2" else rec[n]
-    put(h, FIRST, new)
+    replace_dataset(h, FIRST, new)
 
 
 def swapped(h):
     "A slide that is wider than high, with x and y exchanged."
     rec, image = h[FIRST][:], h["images/Train/S_1"][:]
     keep = rec["y"] < 300
-    put(h, "images/Train/S_1", image[:300])
+    replace_dataset(h, "images/Train/S_1", image[:300])
     rec = rec[keep]
     rec["x"], rec["y"] = rec["y"].copy(), rec["x"].copy()
-    put(h, FIRST, rec)
+    replace_dataset(h, FIRST, rec)
 
 
 def remove(where):
@@ -96,7 +92,7 @@ BAD = {
     "keep one of each position"),
     "empty": (lambda h: edit(h, lambda r: r[:0]), "holds no spot", "remove the slide or fill it"),
     "swapped": (swapped, "lie outside the .* picture", "x and y look swapped"),
-    "beyond 0-1": (lambda h: put(h, "images/Train/S_2", h["images/Train/S_2"][:] * 255), "floats",
+    "beyond 0-1": (lambda h: replace_dataset(h, "images/Train/S_2", h["images/Train/S_2"][:] * 255), "floats",
     "scale them to 0-1|store it as uint8"),
 }
 

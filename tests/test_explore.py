@@ -236,11 +236,12 @@ def test_card_of_a_sample(scene, demo_file):
 def noisy(tmp_path):
     "A file of pictures that do not compress, three spots each, with names that look like markup."
     noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
+    spots = np.rec.fromarrays([[5, 50, 900], [7, 70, 300], [.1, .2, .3]], names="x,y,C1")
     path = tmp_path/"<b>n.h5"
     with h5py.File(path, "w") as h5:
         for i in range(12):
             h5[f"images/Train/S_{i}"] = noise
-            h5[f"spots/Train/S_{i}"] = np.rec.fromarrays([[5, 50, 900], [7, 70, 300], [.1, .2, .3]], names="x,y,C1")
+            h5[f"spots/Train/S_{i}"] = spots
         h5.attrs["cell_types"] = ["<script>"]
     return DataFactory(path)
 

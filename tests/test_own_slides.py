@@ -134,10 +134,10 @@ def full_picture(painted, kind, folder):
     return path
 
 
-PICTURES = [("auto", .5), ("hires", .5), ("lowres", .2), ("tif", 1), ("png", 1), ("jpg", 1), ("rgba", 1)]
+PICTURES = dict(auto=.5, hires=.5, lowres=.2, tif=1, png=1, jpg=1, rgba=1)
 
 
-@pytest.mark.parametrize("kind,scale", PICTURES)
+@pytest.mark.parametrize("kind,scale", PICTURES.items())
 def test_each_picture(kind, scale, painted, tmp_path):
     image = full_picture(painted, kind, tmp_path) if scale == 1 else kind
     result = import_visium(painted[0], painted[0]/"proportions.csv", tmp_path/"a.h5", image=image)
@@ -242,8 +242,8 @@ def test_a_sparse_long_table_counts_what_is_not_listed(painted, tmp_path):
 def test_one_of_several_samples(painted, tmp_path):
     table = painted[2].rename_axis("barcode")
     pd.concat([table.assign(slide="one"), (table * 3).assign(slide="two")]).to_csv(tmp_path/"two.csv")
-    named = [(table * k).rename(index=lambda b, n=n: f"{n}_{b}") for n, k in (("one", 1), ("two", 3))]
-    pd.concat(named).to_csv(tmp_path/"names.csv")
+    one, two = table.rename(index=lambda b: f"one_{b}"), (table * 3).rename(index=lambda b: f"two_{b}")
+    pd.concat([one, two]).to_csv(tmp_path/"names.csv")
     out = tmp_path/"a.h5"
     for path in (tmp_path/"two.csv", tmp_path/"names.csv"):
         with pytest.raises(BadInput, match="choose one with sample"):
@@ -265,7 +265,7 @@ def test_spots_without_a_row_are_left_out_and_said(painted, tmp_path):
 # ---- several slides ----
 def test_second_slide_is_matched_by_name(painted, tmp_path):
     out = tmp_path/"a.h5"
-    import_visium(painted[0], painted[2], out, patient="P1", append=True)                         # append begins a file that is not there
+    import_visium(painted[0], painted[2], out, patient="P1", append=True)       # append begins a file that is not there
     import_visium(painted[0], painted[2][painted[2].columns[::-1]], out, append=True, name="B", patient="P1")
     import_visium(painted[0], None, out, append=True, split="Test")
     factory = same_as_painted(out, painted)
@@ -413,7 +413,7 @@ def damaged(data, rng):
     "Some bytes replaced, the end cut off, some bytes doubled, or a sign put in."
     data, at, n = bytearray(data), int(rng.integers(len(data))), int(rng.integers(1, 40))
     kind = rng.integers(4)
-    if kind == 0: data[at:at + n] = rng.integers(0, 256, min(n, len(data) - at), dtype=np.uint8).tobytes()
+    if kind == 0: data[at:at + n] = rng.bytes(min(n, len(data) - at))
     elif kind == 1: del data[at:]
     elif kind == 2: data[at:at] = data[at:at + n]
     else: data[at:at + 1] = rng.choice([b",", b"\n", b"-", b"nan", b'"', b"e9", b"\0", b"\t"])

@@ -75,9 +75,10 @@ def html_factory(
     facts |= dict(patients=factory.spots.patient.nunique(), pictures=some_of(names, most))
     return card(factory.path.name, facts, montage([thumbnail(factory, n, 90) for n in names[:most]]))
 
-# %% ../../nbs/spots/cards.ipynb #ec839b83
-_FOLD_COLOURS = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
-    (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207)]
+# %% ../../nbs/spots/cards.ipynb #fb15478a
+_FOLD_COLOURS = [
+    (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
+    (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207)]
 
 def _split_picture(rows, side=90):
     "The spots of a slide as dots, coloured by fold; test spots are grey."

@@ -109,7 +109,7 @@ def as_view(
         raise BadInput(f"spot {out.spot} does not exist; {slide} has {n} spots, counted from 0")
     return out
 
-# %% ../../nbs/spots/explore.ipynb #4dfe3335
+# %% ../../nbs/spots/explore.ipynb #8594bcd8
 def view_window(
     info,            # SlideInfo
     view: Viewpoint,
@@ -130,14 +130,16 @@ def move_view(
     "The view with its window moved, no further than the slide."
     half = .5 / max(view.zoom, 1.)
     inside = lambda c: float(np.clip(c, half, 1 - half))
-    return replace(view, x=inside(inside(view.x) + 2 * half * dx), y=inside(inside(view.y) + 2 * half * dy))
+    x, y = inside(inside(view.x) + 2 * half * dx), inside(inside(view.y) + 2 * half * dy)
+    return replace(view, x=x, y=y)
 
 def _zoom_view(view, factor, at=None):
     "The view magnified about a point (shares of width and height; None is the centre), 1 to 32 times."
     zoom = float(np.clip(view.zoom * factor, 1, 32))
     x, y = at or (view.x, view.y)
     k = view.zoom / zoom
-    return move_view(replace(view, zoom=zoom, x=x + (view.x - x) * k, y=y + (view.y - y) * k), 0, 0)
+    x, y = x + (view.x - x) * k, y + (view.y - y) * k
+    return move_view(replace(view, zoom=zoom, x=x, y=y), 0, 0)
 
 _STEPS = {"←": (-.25, 0), "→": (.25, 0), "↑": (0, -.25), "↓": (0, .25)}
 
@@ -204,7 +206,7 @@ def _draw_slide(
     ax.tick_params(labelsize=7)
     return dots
 
-# %% ../../nbs/spots/explore.ipynb #f4c56f8d
+# %% ../../nbs/spots/explore.ipynb #bba62e43
 def patch_sizes(
     info,            # SlideInfo
 )->list:             # (side in pixels, label)
@@ -226,7 +228,8 @@ def _draw_patches(
     x, y = scene.spots.loc[scene.rows[view.slide][view.spot], ["x", "y"]]
     for ax, (size, label) in zip(axes, patch_sizes(info)):
         step, middle = max(size // 200, 1), size // 2 + .5
-        ax.imshow(cut_patch(scene.slides, view.slide, x, y, size)[::step, ::step], extent=(0, size, size, 0))
+        patch = cut_patch(scene.slides, view.slide, x, y, size)[::step, ::step]
+        ax.imshow(patch, extent=(0, size, size, 0))
         ax.add_patch(Circle((middle, middle), _spot_px(info) / 2, fill=False, ec="#00b000", lw=1))
         ax.set_title(label, fontsize=8)
         ax.set_axis_off()

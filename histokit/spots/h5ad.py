@@ -84,7 +84,7 @@ def _element(item):
     what = f"{item.name} is stored in a form that is not read here ('{kind}')"
     raise BadInput(f"{item.file.filename}: {what}; write the file again with a current anndata")
 
-# %% ../../nbs/spots/h5ad.ipynb #e87b84e8
+# %% ../../nbs/spots/h5ad.ipynb #114b4035
 def _check_layout(h5, path):
     "`BadInput` unless the parts that a slide needs are there."
     for need in ("obs", "obsm/spatial", "uns/spatial"):
@@ -119,7 +119,8 @@ def _h5ad_positions(h5, obs, own, path):
     inside = np.ones(len(xy), bool)
     if "in_tissue" in obs: inside = number_column(obs["in_tissue"], str(path))[own] > 0
     if not inside.any(): raise BadInput(f"{path}: no spot is in tissue (in_tissue is 0 throughout)")
-    return pd.DataFrame(dict(barcode=obs.index[own].astype(str), in_tissue=inside, x=xy[:, 0], y=xy[:, 1]))
+    barcodes = obs.index[own].astype(str)
+    return pd.DataFrame(dict(barcode=barcodes, in_tissue=inside, x=xy[:, 0], y=xy[:, 1]))
 
 # %% ../../nbs/spots/h5ad.ipynb #0e063705
 def _obs_table(obs, prefix, path):

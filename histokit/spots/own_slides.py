@@ -170,7 +170,7 @@ def _with_targets(
     count = f"{found.sum()} of {len(barcodes)} spots in tissue found in the table ({how}){more}"
     return spots[found], table.iloc[rows[found]], [*said, count]
 
-# %% ../../nbs/spots/own_slides.ipynb #c83fba45
+# %% ../../nbs/spots/own_slides.ipynb #6a018cee
 def _spot_records(
     xy,               # (n, 2) int pixels
     values=None,      # (n, T) of a training slide; None for a test slide
@@ -179,7 +179,8 @@ def _spot_records(
     values = np.ones((len(xy), 1), int) if values is None else np.asarray(values, float)
     test = values.dtype.kind == "i"
     names = ["Test_Set"] if test else [f"C{j + 1}" for j in range(values.shape[1])]
-    out = np.zeros(len(xy), [("x", "<i8"), ("y", "<i8"), *((c, "<i8" if test else "<f8") for c in names)])
+    kind = "<i8" if test else "<f8"
+    out = np.zeros(len(xy), [("x", "<i8"), ("y", "<i8"), *((c, kind) for c in names)])
     out["x"], out["y"] = np.asarray(xy).T
     for name, column in zip(names, values.T): out[name] = column
     return out

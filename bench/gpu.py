@@ -55,11 +55,14 @@ class Sizes:
     batch: int = 32
     slide: int = 2048        # pixels on a side of those that patches are cut from
     side: int = 4096         # of the slide that is repainted
+    copied: int = 2**28      # bytes whose copy is timed
+    steps: tuple = (4, 150)  # of an epoch: those that warm up, and at most
     epoch_s: float = 4.      # about how long a measured epoch takes
     time_s: float = .3       # for how long a call is repeated
 
 
-TINY = Sizes(("test_convnext", "test_resnet"), "test_convnext", 32, 32, 8, 256, 256, .2, .02)
+TINY = Sizes(nets=("test_convnext", "test_resnet"), small="test_convnext", px=32, check_px=32, batch=4, slide=256,
+    side=256, copied=2**16, steps=(2, 2), epoch_s=.2, time_s=.02)
 
 
 class Bench:
@@ -70,10 +73,15 @@ class Bench:
         self.on_card = not tiny
         self.device = "cuda" if self.on_card else "cpu"
         if self.on_card and not torch.cuda.is_available(): raise Skipped("no CUDA device here; --tiny runs on the CPU")
-        self.folder = Path(tempfile.mkdtemp(prefix="histokit-gpu-"))
+        self.new_folder()
+
+    def new_folder(self):
+        "An empty folder for what processes write, gone when this one ends."
+        self._temporary = tempfile.TemporaryDirectory(prefix="histokit-gpu-")
+        self.folder = Path(self._temporary.name)
 
     def wait(self):
-        "Until the card has done all that it was asked."
+        "Until the card has done all that it was asked to."
         if self.on_card: self.torch.cuda.synchronize()
 
     def clean(self):
@@ -95,7 +103,7 @@ class Bench:
         for _ in range(3): call()
         self.wait()
         start, n = time.perf_counter(), 0
-        while n < 3 or time.perf_counter() - start < self.sizes.time_s:
+        while n == 0 or time.perf_counter() - start < self.sizes.time_s:
             for _ in range(5): call()
             self.wait()
             n += 5
@@ -175,7 +183,7 @@ def check(value, most, what):
 
 def check_precision(b, precision):
     "What the precision is called on this device; `Skipped` where it cannot be had."
-    if not b.on_card: return "bf16 (autocast of the CPU)"
+    if not b.on_card: return f"{precision} (bf16 on the CPU)"
     if precision == "bf16" and not b.torch.cuda.is_bf16_supported(including_emulation=False):
         raise Skipped(f"{b.torch.cuda.get_device_name()} does not compute in bfloat16")
     return precision
@@ -198,18 +206,25 @@ def train_net(b, net, precision, on_card=False, **settings):
     def last_epoch(steps):
         data = b.patches(steps * s.batch, s.px, b.device if on_card else "cpu")
         return b.trainer(model, amp=precision, **settings).fit(data).iloc[-1]
-    step = last_epoch(4).seconds / 4                                         # warms up, too
+    few, many = s.steps
+    step = last_epoch(few).seconds / few                                    # warms up, too
     b.clean()
-    steps = int(min(max(s.epoch_s / step, 4), 150))
+    steps = int(min(max(s.epoch_s / step, few), many))
     last = last_epoch(steps)
     if not math.isfinite(last.loss): raise AssertionError(f"{what}: the loss is {last.loss}")
-    yield Row(f"{what}: training", steps * s.batch / last.seconds, "images/s", note=f"{steps} steps")
+    yield Row(f"{what}: training", steps * s.batch / last.seconds, "images/s", note=f"{steps} steps of an epoch")
     yield Row(f"{what}: waiting for data", 100 * last.waited / last.seconds, "%")
     yield Row(f"{what}: peak memory", b.peak_gib(), "GiB")
     yield Row(f"{what}: rows at once", int(last.at_once), "rows")
 
 
 # slides on the card
+
+def copy_memory(b):
+    "What the memory of the device can do."
+    took = b.copy_seconds(b.sizes.copied)
+    yield Row("copy in the device's own memory, read and written", 2 * b.sizes.copied / took / 1e9, "GB/s")
+
 
 def cut_patches(b):
     "The torch engine of the patch sampler, with the slides where the device is."
@@ -264,28 +279,25 @@ def stain_plan(b):
 def jitter_stain(b):
     "Stain augmentation of a batch on the device."
     from histokit.tissue.jitter import StainJitter
-    _, images = b.patches(b.sizes.batch, b.sizes.px), b.sizes.batch
-    batch = _.images(list(range(images)))[:, 0].to(b.device)
+    n = b.sizes.batch
+    inputs, _ = b.patches(n, b.sizes.px).batch(range(n))
+    batch = inputs["image"].to(b.device)
     took = b.seconds(lambda: StainJitter()(batch))
-    yield Row(f"stain jitter, {b.sizes.px} px, batch {images}", images / took, "images/s")
+    yield Row(f"stain jitter, {b.sizes.px} px, batch {n}", n / took, "images/s")
 
 
 # the same results
 
-def compare_devices(b):
-    "Predictions on the CPU against those on the card."
+def compare_devices(b, net, amp):
+    "Predictions on the card against those on the CPU, as a share of the largest."
     from histokit.learn.batches import predict
-    data, most = b.patches(16, b.sizes.check_px), dict(no=.01, fp16=.01, bf16=.05)
-    for net in (b.sizes.small, b.sizes.nets[-1]):
-        model = b.model(net)
-        cpu = predict(model, data, 8, "cpu")[0]
-        for amp, limit in most.items():
-            try: amp == "no" or check_precision(b, amp)
-            except Skipped as e:
-                yield Row(f"{net}, {amp}: predictions off the CPU's", note=str(e), status="skipped")
-                continue
-            off = abs(predict(model, data, 8, b.device, amp=amp)[0] - cpu).max() / abs(cpu).max()
-            yield Row(f"{net}, {amp}: predictions off the CPU's", check(float(off), limit, f"{net}, {amp}"), "of the largest")
+    called = "float32" if amp == "no" else check_precision(b, amp)
+    model, data = b.model(net), b.patches(16, b.sizes.check_px)
+    cpu = predict(model, data, 8, "cpu")[0]
+    if not b.on_card and amp != "no": autocast_on_cpu(b, model)
+    off = abs(predict(model, data, 8, b.device, amp=amp)[0] - cpu).max() / abs(cpu).max()
+    what = f"{net}, {called}: predictions off the CPU's"
+    yield Row(what, 100 * check(float(off), .05 if "bf16" in called else .01, what), "% of the largest")
 
 
 def halve_batch(b):
@@ -317,14 +329,14 @@ def train_plain(b, data, log=None, room=None):
 
 
 def cut_memory(b, model, room):
-    "Let the process have so many bytes of the card; on the CPU a model that refuses more than 3 rows stands for it."
+    "Let the process have so many bytes of the card; on the CPU a model stands for it that refuses most of a batch."
     if b.on_card:
         total = b.torch.cuda.get_device_properties(0).total_memory
         return b.torch.cuda.set_per_process_memory_fraction(min(room / total, 1.))
-    forward = model.forward
+    forward, most = model.forward, b.sizes.batch // 3
     def run(image, **kw):
-        if model.training and len(image) > 3: raise b.torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return forward(image, **kw)
+        if not model.training or len(image) <= most: return forward(image, **kw)
+        raise b.torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     model.forward = run
 
 
@@ -363,8 +375,9 @@ def start_child(b, name, processes=1, pause=0., deterministic=True):
 def end_child(process, folder):
     "The weights that a child ended with, and what it printed."
     import torch
-    printed, _ = process.communicate(timeout=180)
-    if process.returncode: raise RuntimeError(f"a child failed: …{printed.strip()[-400:]}")
+    try: printed, _ = process.communicate(timeout=180)
+    finally: process.kill()
+    if process.returncode: raise RuntimeError(f"a child failed: …{printed.strip()[-600:]}")
     return torch.load(folder/"end.pt"), printed
 
 
@@ -372,7 +385,7 @@ def kill_inside(process, folder, saves=3):
     "Kill a child once it has written its state so many times."
     file, seen, end = folder/"last.pt", set(), time.time() + 180
     while len(seen) < saves:
-        if process.poll() is not None: raise RuntimeError(f"ended before its kill: …{process.stdout.read()[-400:]}")
+        if process.poll() is not None: raise RuntimeError(f"ended before its kill: …{process.stdout.read()[-600:]}")
         if time.time() > end: raise RuntimeError("wrote no state in three minutes")
         if file.exists(): seen.add(file.stat().st_mtime_ns)
         time.sleep(.01)
@@ -385,7 +398,7 @@ def with_bits(b, part):
     try: yield from part(b, True)
     except RuntimeError as e:
         if "determinis" not in str(e): raise
-        b.folder = Path(tempfile.mkdtemp(prefix="histokit-gpu-"))
+        b.new_folder()
         for row in part(b, False):
             row.note = "a kernel has no deterministic form: to rounding"
             yield row
@@ -399,9 +412,10 @@ def resume_run(b, deterministic):
     finally: end, _ = end_child(*whole)
     again, printed = end_child(*start_child(b, "killed", deterministic=deterministic))
     if "going on after" not in printed: raise AssertionError("the killed run began afresh")
+    what = "killed and resumed: weights off those of a whole run"
     off = distance(again, end, weights_of(b.plain_model()))
-    yield Row("killed and resumed: weights off those of a whole run", 100 * check(off, 0 if deterministic else CLOSE,
-        "weights of a resumed run"), "% of the way", note="bit for bit" if deterministic else "")
+    note = "bit for bit" if deterministic else ""
+    yield Row(what, 100 * check(off, 0 if deterministic else CLOSE, what), "% of the way", note=note)
 
 
 def share_run(b, deterministic):
@@ -418,17 +432,16 @@ def share_run(b, deterministic):
 
 def all_parts(sizes):
     "The parts by name; the riskiest last."
-    parts = {"patches": cut_patches, "stain": repaint_slide, "jitter": jitter_stain}
+    part, (large, small) = functools.partial, sizes.nets
+    parts = dict(copy=copy_memory, patches=cut_patches, stain=repaint_slide, jitter=jitter_stain)
     for net in sizes.nets:
-        for precision in PRECISIONS: parts[f"{net}-{precision}"] = functools.partial(train_net, net=net, precision=precision)
-    last = dict(net=sizes.nets[-1], precision="fp16", on_card=True)
-    parts[f"{sizes.nets[-1]}-fp16-on-card"] = functools.partial(train_net, **last)
-    first = dict(net=sizes.nets[0], precision="fp16", channels_last=True)
-    parts[f"{sizes.nets[0]}-fp16-channels-last"] = functools.partial(train_net, **first)
-    parts |= {"devices": compare_devices, "memory": halve_batch}
-    parts["resume"] = functools.partial(with_bits, part=resume_run)
-    parts["processes"] = functools.partial(with_bits, part=share_run)
-    return parts
+        for precision in PRECISIONS: parts[f"{net}-{precision}"] = part(train_net, net=net, precision=precision)
+    parts[f"{large}-fp16-channels-last"] = part(train_net, net=large, precision="fp16", channels_last=True)
+    parts[f"{small}-fp16-on-card"] = part(train_net, net=small, precision="fp16", on_card=True)
+    for net in (sizes.small, small):
+        for amp in ("no", *PRECISIONS): parts[f"devices-{net}-{amp}"] = part(compare_devices, net=net, amp=amp)
+    return parts | dict(memory=halve_batch, resume=part(with_bits, part=resume_run),
+        processes=part(with_bits, part=share_run))
 
 
 def run_part(b, name, part):
@@ -453,15 +466,21 @@ def run_in_fresh_process(names, tiny):
         out = Path(folder)/"rows.json"
         command = [sys.executable, __file__, "--json", str(out), "--parts", *names, *["--tiny"] * tiny]
         subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-        if out.exists(): return [Row(**r) for r in json.loads(out.read_text())["rows"]]
-    return [Row(name, note="its process died", status="failed") for name in names]
+        rows = [Row(**r) for r in json.loads(out.read_text())["rows"]] if out.exists() else []
+    return shown(rows or [Row(name, note="its process died", status="failed") for name in names])
 
 
 def show(row):
     "One line of the table."
     value = "" if row.value is None else f"{row.value:,.4g}"
     status = "" if row.status == "measured" else row.status.upper() + ": "
-    print(f"{row.what:88} {value:>10} {row.unit:20} {row.seconds:6.1f} s  {status}{row.note}", flush=True)
+    print(f"{row.what:92} {value:>9} {row.unit:20} {row.seconds:6.1f} s  {status}{row.note}", flush=True)
+
+
+def shown(rows):
+    "The rows, printed."
+    for row in rows: show(row)
+    return rows
 
 
 def about(tiny):
@@ -476,13 +495,13 @@ def about(tiny):
 
 
 def run_all(names, tiny, written):
-    "Rows of all parts as they come; `written(rows)` is told after each part."
+    "The rows of all parts, printed as they come; `written(rows)` is called after each part."
     parts, rows = {n: p for n, p in all_parts(TINY if tiny else Sizes()).items() if not names or n in names}, []
     if tiny and not names: parts["processes"] = not_tiny
     try: b = Bench(tiny)
     except (Skipped, ModuleNotFoundError) as e:
         why = str(e) if isinstance(e, Skipped) else f"pip install {e.name}"
-        return [Row(n, note=why, status="skipped") for n in parts]
+        return shown([Row(n, note=why, status="skipped") for n in parts])
     for name, part in parts.items():
         for row in run_part(b, name, part):
             rows.append(row)
@@ -513,7 +532,8 @@ def main():
     found = about(a.tiny)
     print(", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
     def written(rows):
-        if a.json: Path(a.json).write_text(json.dumps(dict(about=found, rows=[asdict(r) for r in rows]), indent=1))
+        text = json.dumps(dict(about=found, rows=[asdict(r) for r in rows]), indent=1)
+        if a.json: Path(a.json).write_text(text)
     rows = run_all(a.parts, a.tiny, written)
     written(rows)
     counts = {s: sum(r.status == s for r in rows) for s in ("measured", "skipped", "failed")}

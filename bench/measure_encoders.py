@@ -22,9 +22,8 @@ from histokit.core.runs import RunFolder
 from histokit.learn.bootstrap import mean_difference
 from histokit.learn.scores import mean_spearman, spearman_columns, spearman_rows
 from histokit.pipeline import find_recipe, read_recipe, resolve
-from histokit.spots.crossval import EncodedSpots, FrozenHead, open_spots
+from histokit.spots.crossval import EncodedSpots, FrozenHead, left_out, open_spots
 from histokit.spots.settings import NetworkSettings, TrainingSettings, settings_from
-from histokit.spots.splits import check_split
 
 
 def settings_of(recipe):
@@ -58,9 +57,7 @@ def out_of_fold(encoded, settings):
     "Predictions of every training spot by a head that saw nothing of its slide."
     data, head = encoded.data, FrozenHead(encoded, settings)
     oof = np.full(data.Y.shape, np.nan)
-    for k in data.folds():
-        train, held = np.flatnonzero(data.fold != k), np.flatnonzero(data.fold == k)
-        check_split(data.train.iloc[train], data.train.iloc[held], data.widest)
+    for _, train, held in left_out(data):
         oof[held] = head.fit(data.is_train[train], data.is_train[held]).answers[0]
     return oof
 

@@ -18,52 +18,36 @@ import numpy as np
 import pandas as pd
 import torch
 
-from histokit.core.files import read_json, write_table
-from histokit.frozen.features import cached_features, mean_view
+from histokit.core.files import write_table
+from histokit.core.runs import RunFolder
 from histokit.frozen.heads import fit_boost, fit_kernel, fit_pls, fit_ridge
 from histokit.frozen.network_head import FeatureDataset, HeadModel, fit_head, head_answer
-from histokit.frozen.parts import Stages
 from histokit.learn.bootstrap import mean_difference
 from histokit.learn.losses import Loss
 from histokit.learn.networks import start_at
 from histokit.learn.scores import mean_spearman, row_ranks, spearman_columns, spearman_rows
 from histokit.learn.trainer import Trainer
-from histokit.spots.cache import SlideCache
+from histokit.pipeline import find_recipe, read_recipe, resolve
 from histokit.spots.context import ContextDataset, fit_context
+from histokit.spots.crossval import EncodedSpots, FrozenHead, left_out, open_spots
 from histokit.spots.kriging import (KrigingData, KrigingSettings, appearance_features, appearances, centred_places,
-    krige_fold, place_features, similarity_features, slide_distance, with_places)
+    krige_fold, place_features, similarity_features, with_places)
 from histokit.spots.lattice import neighbour_table, smooth
-from histokit.spots.network import create_model
-from histokit.spots.patches import HESpotDataset, PatchSampler, normalised_coords, patch_size
-from histokit.spots.slides import DataFactory
-from histokit.spots.splits import assign_folds, check_split, slide_blocks
+from histokit.spots.settings import NetworkSettings, TrainingSettings, settings_from
 from histokit.spots.targets import TargetTransform
 
 
 class Study:
-    "The spots of a file, their folds, and what a frozen encoder saw of them."
+    "The spots of a file, their folds, and what a frozen encoder saw of them: those of the recipe `best`."
     def __init__(self, a):
-        self.factory, self.scales = DataFactory(a.file), len(a.scales)
-        self.spots = self.factory.spots.reset_index(drop=True)
-        self.values, self.slide = self.spots[self.factory.targets].to_numpy(float), self.spots.slide.to_numpy()
-        self.fold, self.train = assign_folds(self.spots, a.split), np.flatnonzero(self.spots.split.eq("Train"))
-        self.unit = np.array([f"fold {k}" for k in self.fold], object)
-        self.encode(a)
-
-    def encode(self, a):
-        "Views of all blocks of all scales, (V, n, D), from the cache where they are there."
-        slides = self.factory.slides.items()
-        sizes = tuple({n: patch_size(um, s.um_per_px) for n, s in slides} for um in a.scales)
-        self.widest = max(max(s.values()) for s in sizes)
-        model = create_model(len(self.factory.targets), a.backbone, a.weights, head="linear", unfreeze="0",
-            scales=self.scales, backbone_args=a.backbone_args, mean=a.mean, std=a.std)
-        self.encoder = Stages(model.eval(), (-4, -3, -2, -1), spread=True, final=True)
-        sampler = PatchSampler(SlideCache(self.factory.path), sizes, a.input_px)
-        data = HESpotDataset(self.spots, sampler, coords=normalised_coords(self.spots))
-        beside = Path(a.file).with_name("stain.json")       # in a run folder: the same key as the run's own features
-        stain = read_json(beside) if beside.exists() else None
-        self.views = cached_features(self.encoder, data, a.views, a.cache, prepared=stain)
-        self.blocks = self.encoder.blocks(mean_view(self.views))
+        network, self.best = settings_of("best", a)
+        run = RunFolder(Path(a.file).parent) if a.file.endswith("slides.h5") else RunFolder().make()
+        self.data = open_spots(run, a.file, self.best)
+        self.encoded = EncodedSpots(self.data, self.best, network.recipe(), run.json_or("stain.json"), a.cache or None)
+        self.blocks, self.views, self.encoder = self.encoded.blocks, self.encoded.views, self.encoded.encoder
+        self.scales, self.kriging = len(self.best.sizes_um), FrozenHead(self.encoded, self.best)
+        self.spots, self.values, self.slide = self.data.spots, self.data.values, self.data.slide
+        self.group = self.kriging.group                    # what is left out inside training rows
 
     @property
     def first(self):
@@ -75,13 +59,18 @@ class Study:
         last = len(self.first) - 1
         return [self.encoder.blocks(np.asarray(v, np.float32))[last] for v in self.views]
 
-    def group(self, rows):
-        "What is left out inside these training rows: folds, or slides where there is one fold."
-        return self.fold[rows] if len(set(self.fold[rows])) > 1 else self.slide[rows]
-
     def units(self, rows):
-        "The same for all spots, as kriging takes it."
-        return self.unit if len(set(self.unit[rows])) > 1 else self.slide
+        "The same groups for all spots, as kriging takes it."
+        units = np.full(len(self.spots), "", object)
+        units[rows] = self.group(rows)
+        return units
+
+
+def settings_of(recipe, a):
+    "The network and training settings of a recipe, with the encoder that was asked for."
+    network = {n: getattr(a, n) for n in ("backbone", "weights", "backbone_args", "mean", "std") if getattr(a, n)}
+    ask = resolve(read_recipe(find_recipe(recipe)), [f"{n}={v}" for n, v in network.items()])
+    return settings_from(NetworkSettings, ask["02_model"]), settings_from(TrainingSettings, ask["03_train"])
 
 
 # ---- ideas: each a function of training and held-out rows (of all spots) that predicts the latter
@@ -158,11 +147,10 @@ class Kriging:
         self.study, spots = study, study.spots
         several = spots.groupby("patient").slide.nunique().max() > 1
         tissue = spots.patient.to_numpy() if several else np.zeros(len(spots))
-        pitch = spots.slide.map({n: s.pitch_px for n, s in study.factory.slides.items()})
+        pitch = spots.slide.map({n: s.pitch_px for n, s in study.data.factory.slides.items()})
         self.place = centred_places(spots[["x", "y"]].to_numpy(), study.slide, pitch)
         self.near = place_features(self.place, tissue)
-        self.distance = slide_distance(study.blocks, study.slide)
-        self.patient_of = spots.groupby("slide").patient.first().to_dict()
+        self.distance, self.patient_of = study.kriging.similar.distance, study.kriging.similar.patient_of
 
     def idea(self, candidates, length_scale, order=0., known=True):
         "`known`: whether the patient of each slide is."
@@ -174,6 +162,10 @@ class Kriging:
             labels[r] = study.values[r]
             return krige_fold(data, labels, r, c, unit=study.units(r), settings=settings).answer
         return predict
+
+    def recipe(self):
+        "What the recipe does, by the recipe's own code."
+        return lambda r, c: self.study.kriging.fit(r, c).answers[0]
 
     def smoothed(self, candidates):
         predict = self.idea(candidates, .5)
@@ -192,7 +184,7 @@ class Kriging:
             "kriging: + level of slides that look alike": self.idea(lines, .5),
             "kriging: + Gaussian likeness at each scale": self.idea(gauss, .5),
             "kriging: + in each stage, and with neighbours": self.idea(best, .5),
-            "kriging: + maps in the order of each type (best)": self.idea(best, .5, 1.)}
+            "kriging: + maps in the order of each type (best)": self.recipe()}
         patients = len(set(self.patient_of.values()))
         if patients not in (1, len(self.patient_of)):
             found["the same, patients not told apart"] = self.idea(best, .5, 1., known=False)
@@ -209,19 +201,16 @@ def all_ideas(study):
 
 def cross_validate(study, predict):
     "(training spots, T): every spot predicted while its fold was held out."
-    fold, out = study.fold[study.train], np.empty((len(study.train), study.values.shape[1]))
-    for k in np.unique(fold):
-        r, c = study.train[fold != k], study.train[fold == k]
-        check_split(study.spots.iloc[r], study.spots.iloc[c], study.widest)
-        out[fold == k] = predict(r, c)
+    data = study.data
+    out = np.empty(data.Y.shape)
+    for _, train, held in left_out(data): out[held] = predict(data.is_train[train], data.is_train[held])
     return out
 
 
 def gain(study, base, each):
     "Difference to the probe and its interval; nan for what comes before it, and for itself."
     if base is None: return dict(difference=np.nan, low=np.nan, high=np.nan)
-    spots = study.spots.iloc[study.train].reset_index(drop=True)
-    found = mean_difference(base, each, spots.slide.to_numpy(), slide_blocks(spots))
+    found = mean_difference(base, each, study.data.train.slide.to_numpy(), study.data.block)
     return {k: float(found[k]) for k in ("difference", "low", "high")}
 
 
@@ -234,7 +223,7 @@ def show(row):
 def measure(a):
     "The table of ideas."
     study, rows, base = Study(a), [], None
-    true = study.values[study.train]
+    true = study.data.Y
     for name, predict in all_ideas(study).items():
         if a.only and not any(part in name for part in ["constant", "probe", *a.only]): continue
         start = time.time()
@@ -251,12 +240,9 @@ def measure(a):
 def arguments():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("file")
-    p.add_argument("--backbone", default="mobilenetv2_100")
-    for name in ("weights", "backbone-args", "mean", "std", "cache"): p.add_argument(f"--{name}", default="")
-    p.add_argument("--scales", type=float, nargs="+", default=[224, 112, 448, 900], help="sides of the patches in µm")
-    p.add_argument("--input-px", type=int, default=224)
-    p.add_argument("--views", default="flips")
-    p.add_argument("--split", default="auto")
+    for name in ("backbone", "weights", "backbone-args", "mean", "std"):
+        p.add_argument(f"--{name}", default="", help="another encoder than the recipe's")
+    p.add_argument("--cache", default="", help="folder of features; the user's cache if not given")
     p.add_argument("--only", nargs="*", help="parts of the names of the ideas to try")
     p.add_argument("--out", type=Path)
     return p.parse_args()

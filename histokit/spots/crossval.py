@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAD_METHODS', 'SpotData', 'open_spots', 'Fitted', 'Finetuning', 'EncodedSpots', 'FrozenHead', 'CrossValidation',
            'keep_fold', 'clear_folds', 'fit_fold', 'random_split', 'fold_job', 'gpus', 'how_many', 'fit_folds',
-           'cross_validate_finetuning', 'compare_splits', 'cross_validate_head', 'run_training']
+           'cross_validate_finetuning', 'compare_splits', 'left_out', 'cross_validate_head', 'run_training']
 
 # %% ../../nbs/spots/crossval.ipynb #332a810c
 import os, shutil
@@ -390,7 +390,16 @@ def compare_splits(
     truth = data.Y[held]
     return dict(random_split=mean_spearman(random, truth), held_out=mean_spearman(oof[held], truth), spots=len(held))
 
-# %% ../../nbs/spots/crossval.ipynb #9e5d7504
+# %% ../../nbs/spots/crossval.ipynb #9138721e
+def left_out(
+    data: SpotData,
+):                       # gives a fold, its training rows and its held-out rows (of the training spots)
+    "Each fold in turn; `BadInput` where a held-out spot shares pixels with a training spot."
+    for k in data.folds():
+        train, held = np.flatnonzero(data.fold != k), np.flatnonzero(data.fold == k)
+        check_split(data.train.iloc[train], data.train.iloc[held], data.widest)
+        yield k, train, held
+
 def cross_validate_head(
     method: FrozenHead,
     run: RunFolder,
@@ -400,9 +409,7 @@ def cross_validate_head(
     "A head fitted on the other slides predicts the held-out one, for every fold; a head of all slides the test spots."
     d = method.data
     answers = np.full((method.views, len(d.spots), len(d.names)), np.nan)
-    for k in d.folds():
-        train, held = np.flatnonzero(d.fold != k), np.flatnonzero(d.fold == k)
-        check_split(d.train.iloc[train], d.train.iloc[held], d.widest)
+    for k, train, held in left_out(d):
         fit = method.fit(d.is_train[train], d.is_train[held])
         answers[:, d.is_train[held]] = fit.answers
         keep_fold(run, k, fit._replace(inner_rows=train), d, method.settings, _linear_model(method, network, fit))

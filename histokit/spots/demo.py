@@ -30,10 +30,9 @@ COMPETITION_TEST_SPOTS = 2088
 _SCALES = (.950, .931, .988, .994, .990, .969)         # how far their coordinates are off: true = scale * given
 _SCALE_TEST = .989
 
-# %% ../../nbs/spots/demo.ipynb #a565ad29
+# %% ../../nbs/spots/demo.ipynb #153fa569
 LATENTS = ("solid", "gland", "lymphoid", "necrosis", "fat", "blood", "collagen", "fibroblasts", "lymphocytes",
-    "density",
-    "nuclear size", "pleomorphism", "border")
+    "density", "nuclear size", "pleomorphism", "border")
 
 def spot_latents(
     xy,              # (n, 2) true pixels
@@ -47,26 +46,26 @@ def spot_latents(
     disc = dx**2 + dy**2 <= r*r
     h, w = tissue.mask.shape
     at = np.round(xy).astype(int)
-    iy, ix = np.clip(at[:, 1:] + dy[disc], 0, h - 1), np.clip(at[:, :1] + dx[disc], 0, w - 1)
+    iy = np.clip(at[:, 1:] + dy[disc], 0, h - 1)
+    ix = np.clip(at[:, :1] + dx[disc], 0, w - 1)
     share = dict(zip(CLASSES, tissue.classes[:, iy, ix].mean(2).clip(.04)))      # less than 4 % is as good as none
     collagen = (tissue.classes[CLASS_NUMBER["stroma"]][iy, ix]*np.exp(.5*tissue.collagen[iy, ix])).mean(1)
     border = np.exp(-(tissue.nest[iy, ix]/.45)**2).mean(1).clip(.04)
     near = sparse.csr_array(_within(xy, cells, 70/um), dtype=np.float64)
     count = near.sum(1)
-    area, tumour = np.log(cells.long*cells.short).to_numpy(), np.isin(cells.kind,
-        [CLASS_NUMBER["solid"], CLASS_NUMBER["gland"]])
+    area = np.log(cells.long*cells.short).to_numpy()
+    tumour = np.isin(cells.kind, [CLASS_NUMBER["solid"], CLASS_NUMBER["gland"]])
     kinds = {k: near @ (cells.kind == CLASS_NUMBER[k]).to_numpy(float) for k in ("stroma", "lymphoid")}
     mean = (near @ area + 5*np.log(9))/(count + 5)
     spread = (near @ (tumour*cells.dark.to_numpy()*np.exp(area)))/2e3
     return np.stack([share["solid"], share["gland"] + share["lumen"], share["lymphoid"], share["necrosis"],
-        share["fat"], share["blood"], collagen,
-        kinds["stroma"], kinds["lymphoid"], count, mean, spread, border], 1)
+        share["fat"], share["blood"], collagen, kinds["stroma"], kinds["lymphoid"], count, mean, spread, border], 1)
 
 def _within(xy, cells, px):
     pairs = cKDTree(xy).sparse_distance_matrix(cKDTree(cells[["x", "y"]].to_numpy()), px, output_type="coo_matrix")
     return sparse.coo_array((np.ones(pairs.nnz), (pairs.row, pairs.col)), shape=(len(xy), len(cells)))
 
-# %% ../../nbs/spots/demo.ipynb #64ef5a37
+# %% ../../nbs/spots/demo.ipynb #0c79b985
 class Slide(NamedTuple):
     "One painted slide and all that is known about it."
     image: np.ndarray      # (H, W, 3) uint8
@@ -88,16 +87,18 @@ def make_slide(
     geo = geometry(rng, size, um_per_px)
     tissue = grow_tissue(rng, geo, min(.97, 1.06*coverage))         # lumens take some of it back
     h, e, cells = dye_maps(rng, tissue, geo)
-    stain, at, n = draw_stain(rng, stain_scatter), fiducials(geo), 27/geo.um
-    dots = stamp(h.shape, *at.T, np.full(len(at), n), np.full(len(at), n), np.zeros(len(at)),
-        rng.uniform(.9, 1.3)*np.exp(.08*rng.standard_normal(len(at))))
+    stain = draw_stain(rng, stain_scatter)
+    at = fiducials(geo)
+    radius = np.full(len(at), 27/geo.um)
+    dark = rng.uniform(.9, 1.3)*np.exp(.08*rng.standard_normal(len(at)))
+    dots = stamp(h.shape, *at.T, radius, radius, np.zeros(len(at)), dark)
     solid = ndimage.uniform_filter(tissue.mask - tissue.classes[CLASS_NUMBER["lumen"]], round(50/geo.um)) > .5
     xy = visium_lattice(geo)
     i = np.round(xy).astype(int)
     xy = rng.permutation(xy[solid[i[:, 1], i[:, 0]]])
     return Slide(photograph(rng, h, e, dots, stain), xy, spot_latents(xy, tissue, cells, geo.um), geo, stain, solid)
 
-# %% ../../nbs/spots/demo.ipynb #f16b4a76
+# %% ../../nbs/spots/demo.ipynb #7a39a741
 # (35, 6): quantiles at .05 .25 .50 .75, level of the outer fence, mean rank within a spot (1 to 35)
 _FACTS = np.array([[float(v) for v in row.split()] for row in """
     .00204 .0164 .0699 .812 .872 26.6 | .00721 .0286 .0709 .156 .935 28.1 |
@@ -120,6 +121,9 @@ _FACTS = np.array([[float(v) for v in row.split()] for row in """
     .00113 .00855 .0271 .0778 .913 22.0""".split("|")])
 _LOW, _HIGH = np.log(6e-10), np.log(29.5)             # the range of all abundances
 
+def _level_off(beyond, slope, room):      # begins with `slope` and never gains more than `room`
+    return room*(1 - np.exp(-slope*np.maximum(beyond, 0)/abs(room)))
+
 def log_quantile(
     z,            # (n, 35) standard normal scores
 )->np.ndarray:    # (n, 35) natural log of the abundance
@@ -128,12 +132,14 @@ def log_quantile(
     fence = np.log(_FACTS[:, 3] + 1.5*(_FACTS[:, 3] - _FACTS[:, 1]))
     out = np.empty_like(z, dtype=float)
     for j in range(len(q)):
-        at, v, t = ndtri([.05, .25, .5, .75, _FACTS[j, 4]]), [*q[j], fence[j]], z[:, j]
+        at = ndtri([.05, .25, .5, .75, _FACTS[j, 4]])
+        v, t = [*q[j], fence[j]], z[:, j]
         out[:, j] = np.interp(t, at, v)
-        for beyond, end, i, k in ((t - at[-1], _HIGH, -1, -2), (at[0] - t, _LOW, 0, 1)):
+        above, below = (t - at[-1], _HIGH, -1, -2), (at[0] - t, _LOW, 0, 1)
+        for beyond, end, i, k in (above, below):
             slope, room = (v[k] - v[i])/(at[k] - at[i]), end - v[i]
-            out[:, j] = np.where(beyond > 0, v[i] + room*(1 - np.exp(-slope*np.maximum(beyond, 0)/abs(room))),
-                out[:, j])
+            tail = v[i] + _level_off(beyond, slope, room)
+            out[:, j] = np.where(beyond > 0, tail, out[:, j])
     return out
 
 # %% ../../nbs/spots/demo.ipynb #b5676727
@@ -180,7 +186,7 @@ def abundances(
     ends = np.cumsum([len(v) for v in latents])[:-1]
     return np.split(np.exp(log_quantile(z)), ends), np.split(np.exp(expected), ends)
 
-# %% ../../nbs/spots/demo.ipynb #69356d4e
+# %% ../../nbs/spots/demo.ipynb #153c5c1c
 class Demo(NamedTuple):
     "A demo's files."
     path: Path       # the data, in the competition's layout
@@ -209,12 +215,15 @@ def _coord_scales(coord_scale, n_train, n_test):
 
 def _coord_shifts(coord_shift, n):
     shifts = np.asarray(coord_shift, float)
-    if shifts.shape not in ((2,), (n,
-        2)): raise BadInput(f"coord_shift={coord_shift!r}: use one pair dx, dy or {n} pairs")
+    if shifts.shape not in ((2,), (n, 2)):
+        raise BadInput(f"coord_shift={coord_shift!r}: use one pair dx, dy or {n} pairs")
     return np.broadcast_to(shifts, (n, 2))
 
-# %% ../../nbs/spots/demo.ipynb #d2f570d5
-_AS = dict(uint8=lambda v: v, uint16=lambda v: v.astype(np.uint16)*257, float32=lambda v: v/np.float32(255),
+# %% ../../nbs/spots/demo.ipynb #9284220b
+_AS = dict(
+    uint8=lambda v: v,
+    uint16=lambda v: v.astype(np.uint16)*257,
+    float32=lambda v: v/np.float32(255),
     float64=lambda v: v/255.)
 
 def _spot_records(given, values=None):
@@ -235,19 +244,22 @@ def _write_csv(path, rows):
     table = pd.DataFrame(np.concatenate(rows), columns=[f"C{j + 1}" for j in range(35)])
     return write_table(path, table.rename_axis("ID").reset_index())
 
-# %% ../../nbs/spots/demo.ipynb #8b0a4d41
+# %% ../../nbs/spots/demo.ipynb #1117f159
 def _slide_facts(name, split, s, scale, shift):
     g = s.geo
     return dict(name=name, split=split, n_spots=len(s.xy), um_per_px=g.um, pitch_px=VISIUM_PITCH_UM/g.um,
-        angle_rad=g.angle, centre_px=[g.cx, g.cy], cols=g.cols,
-        rows=g.rows, frame_px=g.frame/g.um, span_px=g.span/g.um, coord_scale=scale, coord_shift=shift,
+        angle_rad=g.angle, centre_px=[g.cx, g.cy], cols=g.cols, rows=g.rows,
+        frame_px=g.frame/g.um, span_px=g.span/g.um, coord_scale=scale, coord_shift=shift,
         stain_matrix=s.stain.matrix, stain_strength=s.stain.strength, light=s.stain.light)
 
+def _slide_spots(name, split, s, given):
+    out = pd.DataFrame(dict(slide=name, split=split, row=np.arange(len(s.xy))))
+    out[["x", "y"]] = given
+    out[["x_true", "y_true"]] = s.xy
+    return out.join(pd.DataFrame(s.latents, columns=[f"latent {k}" for k in LATENTS]))
+
 def _spot_table(names, splits, slides, given):
-    rows = [pd.DataFrame(dict(slide=n, split=p, row=np.arange(len(s.xy)), x=g[:, 0], y=g[:, 1], x_true=s.xy[:, 0],
-        y_true=s.xy[:, 1])).join(
-        pd.DataFrame(s.latents, columns=[f"latent {k}" for k in LATENTS])) for n, p, s,
-        g in zip(names, splits, slides, given)]
+    rows = [_slide_spots(*v) for v in zip(names, splits, slides, given)]
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/spots/demo.ipynb #957db003
@@ -283,10 +295,11 @@ def make_demo(
     _write_h5(out.path, names, splits, slides, given, values, dtype)
     return out
 
-# %% ../../nbs/spots/demo.ipynb #b1cec5ec
+# %% ../../nbs/spots/demo.ipynb #7f632714
 def _draw_maps(ax, image, xy, value, name):
-    c = np.clip(xy[np.linalg.norm(xy - xy.mean(0), axis=1).argmin()] - 100, 0, np.array(image.shape[1::-1]) - 200)
-    ax[0].imshow(image[c[1]:c[1] + 200, c[0]:c[0] + 200], extent=(c[0], c[0] + 200, c[1] + 200, c[1]))
+    middle = xy[np.linalg.norm(xy - xy.mean(0), axis=1).argmin()]
+    x, y = np.clip(middle - 100, 0, np.array(image.shape[1::-1]) - 200)
+    ax[0].imshow(image[y:y + 200, x:x + 200], extent=(x, x + 200, y + 200, y))
     ax[0].set_title("Close-up: 200 px")
     ax[0].axis("off")
     ax[1].imshow(image, alpha=.35)
@@ -313,7 +326,8 @@ def show(
         images, records = ([f[f"{k}/{s}/{n}"] for n, s in names] for k in ("images", "spots"))
         shapes, first, records = [v.shape for v in images], _showable(images[0][:]), [r[:] for r in records]
         thumbs = [_showable(v[::k, ::k]) for v in images for k in [max(1, max(v.shape)//600)]]
-    fig, ax = plt.subplots(3, max(3, len(names)), figsize=(2.3*max(3, len(names)), 7), layout="constrained")
+    cols = max(3, len(names))
+    fig, ax = plt.subplots(3, cols, figsize=(2.3*cols, 7), layout="constrained")
     for a in ax.flat: a.axis("off")
     for i, ((name, _), (h, w, _), small, r) in enumerate(zip(names, shapes, thumbs, records)):
         for a, title in zip(ax[:2, i], (name, f"{len(r)} spots")):
@@ -323,8 +337,8 @@ def show(
     ax[2, 2].axis("on")
     r = records[0]
     _draw_maps(ax[2, :2], first, np.stack([r["x"], r["y"]], 1), r[target], target)
-    _draw_marginals(ax[2, 2], np.concatenate([[list(v)[2:] for v in r.tolist()] for r in records
-        if target in r.dtype.names]))
+    known = [r for r in records if target in r.dtype.names]
+    _draw_marginals(ax[2, 2], np.concatenate([[list(v)[2:] for v in r.tolist()] for r in known]))
     return fig
 
 # %% ../../nbs/spots/demo.ipynb #100cf62c

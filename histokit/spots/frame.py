@@ -42,7 +42,7 @@ def _first_basis(xy, rough):
         basis.append((step[near]*np.sign(side[near])[:, None]).mean(0))
     return {4: "square", 6: "hex"}[fold], np.stack(basis)
 
-# %% ../../nbs/spots/frame.ipynb #e56651a1
+# %% ../../nbs/spots/frame.ipynb #c259ddc3
 def fit_lattice(
     xy,                # (n, 2) pixels
 ):                     # SpotLattice, or None where the spots lie on none
@@ -67,20 +67,24 @@ def fit_lattice(
         radius *= 1.6
     rms = float(np.sqrt(((xy - start - index @ basis)**2).sum(1).mean()))
     if rms > .2*rough: return None
-    return SpotLattice(kind, float(np.hypot(*basis[0])), float(np.arctan2(*basis[0, ::-1])), basis, start,
-        index.astype(int), rms)
+    pitch, angle = np.hypot(*basis[0]), np.arctan2(*basis[0, ::-1])
+    return SpotLattice(kind, float(pitch), float(angle), basis, start, index.astype(int), rms)
 
-# %% ../../nbs/spots/frame.ipynb #415d3660
+# %% ../../nbs/spots/frame.ipynb #c6cd0ea7
 def densities(
     image,             # (H, W, 3) uint8
     step: int,         # pixels averaged into one, each way
 )->np.ndarray:         # (H/step, W/step, 3) float32, 0 on glass
     "Optical density of a picture made smaller, against its own glass."
     h, w = (v//step*step for v in image.shape[:2])
-    small = image[:h, :w].reshape(h//step, step, w//step, step, 3).mean((1, 3),
-        dtype=np.float32) if step > 1 else image.astype(np.float32)
+    blocks = image[:h, :w].reshape(h//step, step, w//step, step, 3)
+    small = blocks.mean((1, 3), dtype=np.float32) if step > 1 else image.astype(np.float32)
     white = np.quantile(small[::3, ::3], .98, axis=(0, 1)).clip(1)
     return -np.log((small/white).clip(1/255, 1))
+
+def _vertex(a, b, c):      # of the parabola through three values, from the middle one
+    bend = np.minimum(a - 2*b + c, -1e-6)
+    return np.clip(.5*(a - c)/bend, -.5, .5)
 
 def find_dots(
     od,                # (h, w, 3) optical densities
@@ -93,10 +97,10 @@ def find_dots(
     y, x = np.nonzero((ndimage.maximum_filter(r, int(2.4*s) | 1) == r) & (r > threshold))
     ok = (y > 0) & (x > 0) & (y < r.shape[0] - 1) & (x < r.shape[1] - 1)
     y, x = y[ok], x[ok]
-    # of the parabola through three values
-    def vertex(a, b, c): return np.clip(.5*(a - c)/np.minimum(a - 2*b + c, -1e-6), -.5, .5)
     v = r[y, x]
-    return np.stack([x + vertex(r[y, x - 1], v, r[y, x + 1]), y + vertex(r[y - 1, x], v, r[y + 1, x])], 1), v
+    fine_x = x + _vertex(r[y, x - 1], v, r[y, x + 1])
+    fine_y = y + _vertex(r[y - 1, x], v, r[y + 1, x])
+    return np.stack([fine_x, fine_y], 1), v
 
 # %% ../../nbs/spots/frame.ipynb #46f41775
 def work_step(pitch): return max(1, int(pitch//12))                # a pitch of 12 pixels is enough
@@ -109,7 +113,7 @@ def slide_dots(
     dots, weight = find_dots(od, .25*pitch/step)
     return dots*step + (step - 1)/2, weight
 
-# %% ../../nbs/spots/frame.ipynb #14a11d3b
+# %% ../../nbs/spots/frame.ipynb #3988b92e
 class Frame(NamedTuple):
     "A rectangle of dots, in pixels."
     centre: np.ndarray     # (2,) x, y
@@ -122,10 +126,11 @@ class Frame(NamedTuple):
     error: float           # standard error of a side's position
 
     @property
-    def corners(self): return turned_axes(np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]])*self.size/2,
-        -self.angle) + self.centre
+    def corners(self):     # (5, 2) pixels, the first one again at the end
+        x, y = np.array([-1, 1, 1, -1, -1]), np.array([-1, -1, 1, 1, -1])
+        return turned_axes(np.stack([x, y], 1)*self.size/2, -self.angle) + self.centre
 
-# %% ../../nbs/spots/frame.ipynb #dbbc38e8
+# %% ../../nbs/spots/frame.ipynb #edbd8cb1
 def turned_axes(xy, angle):    # coordinates along axes turned by `angle`
     c, s = np.cos(angle), np.sin(angle)
     return xy @ np.array([[c, -s], [s, c]])
@@ -142,10 +147,16 @@ def _rough_frame(xy, weight, pitch, most=3.):      # degrees
     best = (-1., 0., [])
     for angle in np.deg2rad(np.arange(-most, most + .01, .1)):
         lines = [_two_lines(q, weight, .15*pitch, 6*pitch) for q in turned_axes(xy, angle).T]
-        best = max(best, (lines[0][1]*lines[1][1], angle, [q for pair, _ in lines for q in pair]), key=lambda b: b[0])
+        ends = [q for pair, _ in lines for q in pair]
+        best = max(best, (lines[0][1]*lines[1][1], angle, ends), key=lambda b: b[0])
     return best[1:]
 
-# %% ../../nbs/spots/frame.ipynb #d04aa073
+# %% ../../nbs/spots/frame.ipynb #751c9c74
+def _side_equations(turned, on, i):     # of the dots `on` side i: the positions of the four sides, and a turn
+    side = np.eye(4)[np.full(on.sum(), i)]
+    along = turned[on, 1 - i//2]
+    return np.column_stack([side, (1, -1)[i//2]*along])
+
 def find_frame(
     xy,                # (n, 2) dots, pixels
     weight,            # (n,) how dot-like
@@ -158,14 +169,13 @@ def find_frame(
         turned = turned_axes(xy, angle)
         on = [np.abs(turned[:, i//2] - q[i]) < tolerance for i in range(4)]
         if min(s.sum() for s in on) < 8: return None
-        A = np.concatenate([np.column_stack([np.eye(4)[np.full(s.sum(), i)], (1, -1)[i//2]*turned[s, 1 - i//2]]) for i,
-            s in enumerate(on)])
+        A = np.concatenate([_side_equations(turned, s, i) for i, s in enumerate(on)])
         b = np.concatenate([turned[s, i//2] for i, s in enumerate(on)])
         fit = np.linalg.lstsq(A, b, rcond=None)[0]
         q, angle, rms = fit[:4], angle - fit[4], float((A @ fit - b).std())
     return _whole_frame(turned_axes(xy, angle), angle, q, pitch, rms)
 
-# %% ../../nbs/spots/frame.ipynb #c165bdae
+# %% ../../nbs/spots/frame.ipynb #9df8349d
 def _regular(u, pitch):      # distance from dot to dot, share of places filled, share of gaps that are whole steps
     gap = np.diff(np.sort(u))
     gap = gap[gap > .3*pitch]
@@ -174,7 +184,8 @@ def _regular(u, pitch):      # distance from dot to dot, share of places filled,
     if not len(usual): return np.nan, 0., 0.
     step = usual.mean()
     k = np.round(gap/step)
-    return step, float((len(gap) + 1)/(k.sum() + 1)), float((np.abs(gap/step - k) < .15).mean())
+    filled, whole = (len(gap) + 1)/(k.sum() + 1), np.abs(gap/step - k) < .15
+    return step, float(filled), float(whole.mean())
 
 def _whole_frame(turned, angle, q, pitch, rms):
     n, sides = [], []
@@ -183,15 +194,20 @@ def _whole_frame(turned, angle, q, pitch, rms):
         u = u[(u > ends[0] - .3*pitch) & (u < ends[1] + .3*pitch)]
         n.append(len(u))
         sides.append(_regular(u, pitch))
-        if len(u) < 8 or sides[i][1] < .5 or sides[i][2] < .6 or np.ptp(u) < .5*(ends[1] - ends[0]): return None
-    step = np.array([sides[2][0] + sides[3][0], sides[0][0] + sides[1][0]])/2
-    if not .5*pitch < step.min() <= step.max() < 2.5*pitch or abs(step[0]/step[1] - 1) > .15: return None
+        _, share, whole = sides[i]
+        if len(u) < 8 or share < .5 or whole < .6: return None
+        if np.ptp(u) < .5*(ends[1] - ends[0]): return None
+    left, right, top, bottom = (s[0] for s in sides)
+    step = np.array([top + bottom, left + right])/2
+    if not .5*pitch < step.min() <= step.max() < 2.5*pitch: return None
+    if abs(step[0]/step[1] - 1) > .15: return None
     centre = turned_axes(np.array([q[0] + q[1], q[2] + q[3]])/2, -angle)
     filled = tuple(round(s[1], 3) for s in sides)
-    return Frame(centre, np.array([q[1] - q[0], q[3] - q[2]]), float(angle), step, tuple(n), filled, rms,
-        float(rms/np.sqrt(min(n))))
+    size = np.array([q[1] - q[0], q[3] - q[2]])
+    error = float(rms/np.sqrt(min(n)))
+    return Frame(centre, size, float(angle), step, tuple(n), filled, rms, error)
 
-# %% ../../nbs/spots/frame.ipynb #e3878f6b
+# %% ../../nbs/spots/frame.ipynb #5e5e2e0d
 class CaptureArea(NamedTuple):
     "An array of spots inside a frame."
     cols: int
@@ -210,9 +226,11 @@ def capture_areas(
     n = np.round(counted)
     sizes = [(64, 78)]
     if np.abs(counted - n).max() < .2:                           # as many µm as dots, less the margins
-        sizes += [(int(n[0]) - 10, int(r)) for r in np.floor((100*n[1] - 754)/VISIUM_ROW_UM) + [0, 1]]
+        rows = np.floor((100*n[1] - 754)/VISIUM_ROW_UM) + [0, 1]
+        sizes += [(int(n[0]) - 10, int(r)) for r in rows]
     out = []
     for cols, rows in dict.fromkeys(s for s in sizes if min(s) > 3):
         um = (_area_size(cols, rows) + 2*VISIUM_MARGIN_UM)/frame.size
-        out.append(CaptureArea(cols, rows, float(np.sqrt(um.prod())), float(abs(um[0]/um[1] - 1))))
+        misfit = float(abs(um[0]/um[1] - 1))
+        out.append(CaptureArea(cols, rows, float(np.sqrt(um.prod())), misfit))
     return [a for a in out if a.misfit < tolerance]

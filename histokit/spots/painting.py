@@ -19,7 +19,7 @@ import pandas as pd
 from ..core.text import BadInput
 from .lattice import VISIUM_MARGIN_UM, VISIUM_PITCH_UM, VISIUM_ROW_UM
 
-# %% ../../nbs/spots/painting.ipynb #083e359a
+# %% ../../nbs/spots/painting.ipynb #0c5a2763
 _EDGE = 90.                            # µm of glass outside the frame, at least
 
 class Geometry(NamedTuple):
@@ -34,18 +34,19 @@ class Geometry(NamedTuple):
     angle: float                       # radians
 
     @property
-    # µm from first to last spot in x and y
-    def span(self): return np.array([(self.cols - .5)*VISIUM_PITCH_UM, (self.rows - 1)*VISIUM_ROW_UM])
+    def span(self):                    # µm from first to last spot in x and y
+        return np.array([(self.cols - .5)*VISIUM_PITCH_UM, (self.rows - 1)*VISIUM_ROW_UM])
     @property
-    # µm from first to last dot in x and y
-    def frame(self): return self.span + 2*VISIUM_MARGIN_UM
+    def frame(self):                   # µm from first to last dot in x and y
+        return self.span + 2*VISIUM_MARGIN_UM
 
     def to_px(self, um):               # (n, 2) µm from the centre
         "(n, 2) pixel positions, x then y."
         c, s = np.cos(self.angle), np.sin(self.angle)
-        return np.asarray(um) @ np.array([[c, s], [-s, c]])/self.um + [self.cx, self.cy]
+        turn = np.array([[c, s], [-s, c]])
+        return np.asarray(um) @ turn/self.um + [self.cx, self.cy]
 
-# %% ../../nbs/spots/painting.ipynb #cf3c743c
+# %% ../../nbs/spots/painting.ipynb #fce143f2
 def geometry(
     rng,                 # numpy Generator
     size: int = 2000,    # long side in pixels
@@ -61,7 +62,8 @@ def geometry(
         raise BadInput(f"size={size} at {um_per_px:g} µm/px leaves no room inside the frame; use size={enough} or more")
     slack = shape - (np.array([(cols - .5)*VISIUM_PITCH_UM, (rows - 1)*VISIUM_ROW_UM]) + 2*VISIUM_MARGIN_UM)/um
     cx, cy = (shape/2 + rng.uniform(-.12, .12, 2)*slack).tolist()
-    return Geometry(int(shape[1]), int(shape[0]), um, cols, rows, cx, cy, float(np.deg2rad(rng.uniform(-.18, .18))))
+    angle = float(np.deg2rad(rng.uniform(-.18, .18)))
+    return Geometry(int(shape[1]), int(shape[0]), um, cols, rows, cx, cy, angle)
 
 # %% ../../nbs/spots/painting.ipynb #47c6683e
 def visium_lattice(
@@ -75,27 +77,30 @@ def visium_lattice(
 _CORNERS = (("#####", ".###.", "..#..", ".###.", "#####"), ("..###", ".####", "#####", "####.", "###.."),
             ("..###", ".#..#", "#...#", "#..#.", "###.."), ("#....", "##...", "###..", "####.", "#####"))
 
-# %% ../../nbs/spots/painting.ipynb #29685c02
+# %% ../../nbs/spots/painting.ipynb #fc9c06d9
 def fiducials(
     geo: Geometry,
 )->np.ndarray:  # (n, 2) float64 pixels, x then y
     "The centres of the printed dots: four sides about 100 µm apart, and a figure in each corner to tell it by."
     n = np.round(geo.frame/VISIUM_PITCH_UM).astype(int)
     step = geo.frame/n
-    kx, ky = np.arange(6, n[0] - 5)*step[0], np.arange(6, n[1] - 5)*step[1]
-    dots = [np.stack([kx, 0*kx + y], 1) for y in (0, geo.frame[1])] + [np.stack([0*ky + x, ky], 1)
-        for x in (0, geo.frame[0])]
+    x = np.arange(6, n[0] - 5)*step[0]
+    y = np.arange(6, n[1] - 5)*step[1]
+    dots = [np.stack([x, 0*x + v], 1) for v in (0, geo.frame[1])]
+    dots += [np.stack([0*y + v, y], 1) for v in (0, geo.frame[0])]
     for i, figure in enumerate(_CORNERS):
-        at = np.argwhere([[c == "#" for c in line] for line in figure])[:, ::-1] - [4*(i % 2), 4*(i//2)]
+        printed = [[c == "#" for c in line] for line in figure]
+        at = np.argwhere(printed)[:, ::-1] - [4*(i % 2), 4*(i//2)]
         dots.append(at*step + geo.frame*[i % 2, i//2])
     return geo.to_px(np.concatenate(dots) - geo.frame/2)
 
-# %% ../../nbs/spots/painting.ipynb #de8d5aba
+# %% ../../nbs/spots/painting.ipynb #4752701e
 def _spline(n, step, rng):
     t = (np.arange(n) + rng.uniform(0, step))/step
     i = t.astype(int)
     f = t - i
-    w = np.stack([(1 - f)**3, 3*f**3 - 6*f**2 + 4, -3*f**3 + 3*f**2 + 3*f + 1, f**3], 1)/6
+    before, after = 3*f**3 - 6*f**2 + 4, -3*f**3 + 3*f**2 + 3*f + 1
+    w = np.stack([(1 - f)**3, before, after, f**3], 1)/6
     at = (np.repeat(np.arange(n), 4), (i[:, None] + np.arange(4)).ravel())
     return sparse.csr_array((w.ravel().astype(np.float32), at), shape=(n, i[-1] + 4))
 
@@ -109,7 +114,7 @@ def smooth_field(
     noise = rng.standard_normal((b.shape[1], a.shape[1]), dtype=np.float32)
     return (a @ (b @ noise).T)*np.float32(2.13)
 
-# %% ../../nbs/spots/painting.ipynb #2d0571d3
+# %% ../../nbs/spots/painting.ipynb #7dadd6b6
 def outline(
     rng,              # numpy Generator
     geo: Geometry,
@@ -119,11 +124,12 @@ def outline(
     shape, um = (geo.height, geo.width), geo.um
     y, x = np.ogrid[:geo.height, :geo.width]
     hx, hy = geo.span/2
-    outside = np.maximum(np.abs(x - geo.cx)*um - hx, np.abs(y - geo.cy)*um - hy).clip(0).astype(np.float32)
-    score = smooth_field(rng, shape, .5*geo.span.min()/um) + .35*smooth_field(rng, shape,
-        500/um) + .1*smooth_field(rng, shape, 120/um) + .03*smooth_field(rng, shape, 30/um)
-    score = np.minimum(score - (outside/400)**2,
-        2*(smooth_field(rng, shape, 260/um) + .2*smooth_field(rng, shape, 60/um) + 2.1))
+    beyond_x, beyond_y = np.abs(x - geo.cx)*um - hx, np.abs(y - geo.cy)*um - hy
+    outside = np.maximum(beyond_x, beyond_y).clip(0).astype(np.float32)
+    def field(width): return smooth_field(rng, shape, width/um)
+    score = field(.5*geo.span.min()) + .35*field(500) + .1*field(120) + .03*field(30)
+    holes = 2*(field(260) + .2*field(60) + 2.1)
+    score = np.minimum(score - (outside/400)**2, holes)
     at = np.round(visium_lattice(geo)).astype(int)
     return expit(60*(score - np.quantile(score[at[:, 1], at[:, 0]], 1 - coverage)))
 
@@ -144,34 +150,46 @@ def _cut(field, mask, share):
     inside = field[::5, ::5][mask[::5, ::5] > .5]
     return field - np.quantile(inside, 1 - share).astype(np.float32) if inside.size else field - 9
 
-# %% ../../nbs/spots/painting.ipynb #c019f875
+# %% ../../nbs/spots/painting.ipynb #6b43666a
 def grow_tissue(
     rng,              # numpy Generator
     geo: Geometry,
     coverage: float,  # share of the lattice on tissue
 )->Tissue:            # the slide's own mixture
     "Tissue classes and the fields that vary within them."
-    def field(*um): return sum(w*smooth_field(rng, mask.shape, u/geo.um) for w, u in zip((1, .5, .25), um))
+    def field(*um):
+        parts = [smooth_field(rng, mask.shape, u/geo.um) for u in um]
+        return sum(w*p for w, p in zip((1, .5, .25), parts))
     mask = outline(rng, geo, coverage)
     region = smooth_field(rng, mask.shape, 1100/geo.um)
     nest = _cut(field(260, 110) + region, mask, rng.uniform(.3, .6))
     gland = expit(6*_cut(field(900), mask, rng.uniform(.25, .6)))
-    logits = dict(necrosis=_cut(field(420, 90, 30) + .8*region, mask, rng.uniform(.02, .12)),
+    logits = dict(
+        necrosis=_cut(field(420, 90, 30) + .8*region, mask, rng.uniform(.02, .12)),
         lymphoid=_cut(field(330, 80, 25) - .3*region, mask, rng.uniform(.06, .22)),
-        lumen=np.minimum(nest - 1.3, 4*(gland - .5)), solid=nest, gland=nest,
-        fat=_cut(field(600, 100) - region, mask, rng.uniform(.02, .14)), blood=_cut(field(110, 40), mask, .03))
+        lumen=np.minimum(nest - 1.3, 4*(gland - .5)),
+        solid=nest,
+        gland=nest,
+        fat=_cut(field(600, 100) - region, mask, rng.uniform(.02, .14)),
+        blood=_cut(field(110, 40), mask, .03))
     left, classes = mask.copy(), []
     for name, logit in logits.items():
         take = left*expit(14*logit)*(1 - gland if name == "solid" else 1)
         classes.append(take)
         left = left - take
-    return Tissue(mask, np.stack([*classes, left]), nest, field(700, 250), field(450, 150), field(350), field(380, 120))
+    grade, collagen = field(700, 250), field(450, 150)
+    crowd, til = field(350), field(380, 120)
+    return Tissue(mask, np.stack([*classes, left]), nest, grade, collagen, crowd, til)
 
-# %% ../../nbs/spots/painting.ipynb #2380e5ae
+# %% ../../nbs/spots/painting.ipynb #d4c0c8ce
 _CELLS = dict(  # a class's own cell: per 1000 µm², long and short half-axes in µm, spread of size, darkness
-    necrosis=(2.2, 2.3, 1.8, .3, 1.3), lymphoid=(10.5, 3.4, 3.0, .08, 1.7), lumen=(.05, 3, 3, .1, 1.),
+    necrosis=(2.2, 2.3, 1.8, .3, 1.3),
+    lymphoid=(10.5, 3.4, 3.0, .08, 1.7),
+    lumen=(.05, 3, 3, .1, 1.),
     solid=(5.2, 5.4, 4.2, .15, 1.15),
-    gland=(4.6, 5.6, 3.2, .1, 1.05), fat=(.45, 4.5, 1.5, .2, 1.2), blood=(.8, 4.5, 1.5, .2, 1.1),
+    gland=(4.6, 5.6, 3.2, .1, 1.05),
+    fat=(.45, 4.5, 1.5, .2, 1.2),
+    blood=(.8, 4.5, 1.5, .2, 1.1),
     stroma=(1.7, 6.5, 1.8, .2, 1.2))
 CLASS_NUMBER = {k: i for i, k in enumerate(CLASSES)}
 
@@ -192,16 +210,16 @@ def place_nuclei(
     iy, ix = np.round(y).astype(int), np.round(x).astype(int)
     rate = tissue.classes[:, iy, ix]*np.array([_CELLS[k][0] for k in CLASSES])[:, None]
     rate[CLASS_NUMBER["stroma"]] *= np.exp(.6*tissue.crowd[iy, ix])
-    rate[CLASS_NUMBER["lymphoid"]] += 2.2*(tissue.mask*(1 - tissue.classes[CLASS_NUMBER["lumen"]]))[iy,
-        ix]*tissue.til[iy, ix].clip(0)
+    filled = tissue.mask*(1 - tissue.classes[CLASS_NUMBER["lumen"]])
+    rate[CLASS_NUMBER["lymphoid"]] += 2.2*filled[iy, ix]*tissue.til[iy, ix].clip(0)
     total = rate.cumsum(0)
     draw = rng.random(len(x))*1000/(step*um)**2/.866
     keep = draw < total[-1]
     kind = (draw > total).sum(0)[keep]
-    return _shape_nuclei(rng, pd.DataFrame(dict(x=x[keep], y=y[keep], kind=kind)), tissue.grade[iy, ix][keep],
-        angle[iy, ix][keep])
+    cells = pd.DataFrame(dict(x=x[keep], y=y[keep], kind=kind))
+    return _shape_nuclei(rng, cells, tissue.grade[iy, ix][keep], angle[iy, ix][keep])
 
-# %% ../../nbs/spots/painting.ipynb #fe3b2164
+# %% ../../nbs/spots/painting.ipynb #1c1aa4b9
 def _shape_nuclei(rng, cells, grade, fibre):
     _, long, short, spread, dark = np.array([_CELLS[k] for k in CLASSES]).T[:, cells.kind.to_numpy()]
     tumour = np.isin(cells.kind, [CLASS_NUMBER["solid"], CLASS_NUMBER["gland"]])
@@ -210,8 +228,8 @@ def _shape_nuclei(rng, cells, grade, fibre):
     along = np.isin(cells.kind, [CLASS_NUMBER["stroma"], CLASS_NUMBER["fat"], CLASS_NUMBER["blood"]])
     turn = np.where(along, fibre + rng.normal(0, .25, len(cells)), rng.uniform(0, np.pi, len(cells)))
     dark = dark*np.exp(.12*grade + .12*rng.standard_normal(len(cells)))
-    return cells.assign(long=long*grow, short=short*grow*np.exp(.1*rng.standard_normal(len(cells))), angle=turn,
-        dark=dark)
+    short = short*grow*np.exp(.1*rng.standard_normal(len(cells)))
+    return cells.assign(long=long*grow, short=short, angle=turn, dark=dark)
 
 def stamp(
     shape,       # (H, W)
@@ -222,20 +240,22 @@ def stamp(
 )->np.ndarray:   # (H, W) float32, the sum of all ellipses
     "Ellipses with an edge one pixel soft, added up; all at once, without a loop over pixels."
     out = np.zeros(shape[0]*shape[1])
-    every = np.stack([np.asarray(z, np.float32) for z in (x, y, long, short, angle, height)])[:,
-        np.argsort(long, kind="stable")]
+    every = np.stack([np.asarray(z, np.float32) for z in (x, y, long, short, angle, height)])
+    every = every[:, np.argsort(long, kind="stable")]
     for i in range(0, every.shape[1], 10_000):
         px, py, a, b, t, v = every[:, i:i + 10_000, None]
         r = int(np.ceil(a.max())) + 1
         dy, dx = (d.ravel()[None] for d in np.mgrid[-r:r + 1, -r:r + 1])
         ix, iy = np.round(px).astype(int) + dx, np.round(py).astype(int) + dy
-        u, w = (ix - px)*np.cos(t) + (iy - py)*np.sin(t), (iy - py)*np.cos(t) - (ix - px)*np.sin(t)
-        value = v*expit(4*(1 - np.sqrt((u/a)**2 + (w/b)**2))*np.sqrt(a*b))
+        u = (ix - px)*np.cos(t) + (iy - py)*np.sin(t)
+        w = (iy - py)*np.cos(t) - (ix - px)*np.sin(t)
+        radius = np.sqrt((u/a)**2 + (w/b)**2)
+        value = v*expit(4*(1 - radius)*np.sqrt(a*b))
         ok = (ix >= 0) & (iy >= 0) & (ix < shape[1]) & (iy < shape[0]) & (value > .004)
         out += np.bincount((iy*shape[1] + ix)[ok], value[ok], minlength=out.size)
     return out.reshape(shape).astype(np.float32)
 
-# %% ../../nbs/spots/painting.ipynb #e38434a0
+# %% ../../nbs/spots/painting.ipynb #4857e4b3
 def fibres(
     rng,          # numpy Generator
     shape,        # (H, W)
@@ -244,8 +264,8 @@ def fibres(
     "Wavy fibres: noise 12 times longer than wide, looked up in warped coordinates."
     turn = rng.uniform(0, np.pi)
     y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32)
-    across = y*np.cos(turn) - x*np.sin(turn) + 70/um*smooth_field(rng, shape, 520/um) + 14/um*smooth_field(rng, shape,
-        150/um)
+    across = y*np.cos(turn) - x*np.sin(turn)
+    for wave, width in ((70, 520), (14, 150)): across += wave/um*smooth_field(rng, shape, width/um)
     along = x*np.cos(turn) + y*np.sin(turn)
     gy, gx = np.gradient(across)
     table = ndimage.gaussian_filter(rng.standard_normal((512, 512), dtype=np.float32), .8, mode="wrap")
@@ -263,16 +283,17 @@ def fat_walls(
     at = np.argwhere(where)
     gy, gx = np.mgrid[0:where.shape[0]:56/um, 0:where.shape[1]:65/um]
     gx[1::2] += 32/um
-    centres = np.stack([gy.ravel(), gx.ravel()], 1) + rng.normal(0, 11/um, (gy.size, 2))
+    grid = np.stack([gy.ravel(), gx.ravel()], 1)
+    centres = grid + rng.normal(0, 11/um, grid.shape)
     if len(at):
         d = cKDTree(centres).query(at, 2)[0]*um
         out[where] = np.exp(-((d[:, 1] - d[:, 0])/7)**2)
     return out
 
-# %% ../../nbs/spots/painting.ipynb #31df78b3
+# %% ../../nbs/spots/painting.ipynb #e459638a
 _DYE = dict(  # a class's ground: haematoxylin, eosin
-    necrosis=(.14, .62), lymphoid=(.22, .16), lumen=(.01, .03), solid=(.20, .34), gland=(.13, .27), fat=(.0, .01),
-    blood=(.03, .95), stroma=(.05, .38))
+    necrosis=(.14, .62), lymphoid=(.22, .16), lumen=(.01, .03), solid=(.20, .34),
+    gland=(.13, .27), fat=(.0, .01), blood=(.03, .95), stroma=(.05, .38))
 
 def dye_maps(
     rng,            # numpy Generator
@@ -288,14 +309,15 @@ def dye_maps(
     share = dict(zip(CLASSES, tissue.classes))
     e = ground_e + share["stroma"]*(.16*np.tanh(texture) + .13*tissue.collagen.clip(-1.5, 2) + .08)
     grain = smooth_field(rng, shape, 14/um)
-    e = e*(1 + .18*grain*(share["necrosis"] + share["blood"] + .4*share["solid"])) + .5*share["fat"]*fat_walls(rng,
-        share["fat"] > .02, um)
-    h = ground_h*(1 + .25*grain) + stamp(shape, cells.x, cells.y, cells.long.to_numpy()/um, cells.short/um,
-        cells.angle, cells.dark)
+    grainy = share["necrosis"] + share["blood"] + .4*share["solid"]
+    walls = fat_walls(rng, share["fat"] > .02, um)
+    e = e*(1 + .18*grain*grainy) + .5*share["fat"]*walls
+    long, short = cells.long.to_numpy()/um, cells.short/um
+    h = ground_h*(1 + .25*grain) + stamp(shape, cells.x, cells.y, long, short, cells.angle, cells.dark)
     thick = 1 + .07*smooth_field(rng, shape, 1500/um)
     return 2.*np.tanh(h/2.)*thick, (e*thick).clip(0), cells
 
-# %% ../../nbs/spots/painting.ipynb #a07a0794
+# %% ../../nbs/spots/painting.ipynb #8f93978f
 _RUIFROK = np.array([[.650, .704, .286], [.092, .954, .283]])     # rows H and E, optical density in R, G, B
 _MACENKO = np.array([[.563, .720, .406], [.216, .801, .558]])
 
@@ -310,7 +332,8 @@ def draw_stain(
     scatter: float = 1.,   # 0 gives every slide the same colours
 )->Stain:
     "A slide's own stain vectors, strengths and brightness."
-    m = _RUIFROK + (_MACENKO - _RUIFROK)*(.5 + scatter*rng.uniform(-.5, .5)) + scatter*rng.normal(0, .025, (2, 3))
+    mix = .5 + scatter*rng.uniform(-.5, .5)
+    m = _RUIFROK + (_MACENKO - _RUIFROK)*mix + scatter*rng.normal(0, .025, (2, 3))
     strength = np.exp(scatter*rng.normal(0, .12, 2))*[1., .9]
     light = 238 + scatter*rng.uniform(-9, 9) + scatter*rng.normal(0, 2, 3)
     return Stain(m/np.linalg.norm(m, axis=1, keepdims=True), strength, light)
@@ -325,7 +348,9 @@ def photograph(
     hv, ev = (stain.matrix*stain.strength[:, None]).astype(np.float32)
     image = np.empty((*h.shape, 3), np.float32)
     lamp = 1 + .012*smooth_field(rng, h.shape, max(h.shape))
-    for c in range(3): image[..., c] = ndimage.gaussian_filter(np.float32(stain.light[c])*lamp*np.exp(-(h*hv[c]
-        + e*ev[c] + dots)), .5, truncate=2.5)
+    for c in range(3):
+        density = h*hv[c] + e*ev[c] + dots
+        light = np.float32(stain.light[c])*lamp*np.exp(-density)
+        image[..., c] = ndimage.gaussian_filter(light, .5, truncate=2.5)
     image += rng.standard_normal(image.shape, dtype=np.float32)*1.3
     return np.clip(np.round(image), 0, 255).astype(np.uint8)

@@ -51,7 +51,7 @@ class Registration:
         by = f" by {self.evidence.get('method')}" if self.confident else ""
         return f"Registration({done}{by}{what}: {'; '.join(self.evidence.get('reasons', []))})"
 
-# %% ../../nbs/spots/register.ipynb #1ba7e986
+# %% ../../nbs/spots/register.ipynb #a1a66c92
 def nodes(
     area: CaptureArea,
     frame: Frame,
@@ -59,13 +59,15 @@ def nodes(
 )->np.ndarray:         # (rows, 2*cols, 2) pixels; a spot's place where row + column is even, the rest lies between
     "Where the array's places lie on the picture; columns count half pitches."
     c, r = np.meshgrid(np.arange(2*area.cols), np.arange(area.rows))
-    um = np.stack([(c - area.cols + .5)*VISIUM_PITCH_UM/2, (r - (area.rows - 1)/2)*row], -1)
+    x = (c - area.cols + .5)*VISIUM_PITCH_UM/2
+    y = (r - (area.rows - 1)/2)*row
+    um = np.stack([x, y], -1)
     return turned_axes(um, -frame.angle)/area.um + frame.centre
 
 def _row_um(lattice):            # some arrays have their rows at the exact hexagonal distance; the given spots tell
+    if len(lattice.index) <= 40: return VISIUM_ROW_UM
     ratio = abs(np.linalg.det(lattice.basis))/lattice.pitch**2
-    return min((VISIUM_ROW_UM, 75**.5*10),
-        key=lambda um: abs(um/VISIUM_PITCH_UM - ratio)) if len(lattice.index) > 40 else VISIUM_ROW_UM
+    return min((VISIUM_ROW_UM, 75**.5*10), key=lambda um: abs(um/VISIUM_PITCH_UM - ratio))
 
 def _sample(plane, xy, step):    # the nearest value of a plane made smaller by `step`; 0 outside
     at = np.round((xy - (step - 1)/2)/step).astype(int)
@@ -84,7 +86,7 @@ def tissue_votes(
     places = density[(r + c) % 2 == 0]
     return np.clip((density - np.quantile(places, max(1 - n_spots/places.size, 0)))/soft, -1, 1)
 
-# %% ../../nbs/spots/register.ipynb #2d29bd1a
+# %% ../../nbs/spots/register.ipynb #aa9aa888
 class Match(NamedTuple):
     "How occupied places lie on tissue, for the best translation of the lattice."
     col: int      # what to add to the spots' half columns and rows
@@ -100,9 +102,11 @@ def _placed(occupied, corner, shape):
     grid[corner[0]:corner[0] + occupied.shape[0], corner[1]:corner[1] + occupied.shape[1]] = occupied
     return grid
 
-def _phi(a, b): return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float((a == b).mean())
+def _phi(a, b):
+    if a.std() and b.std(): return float(np.corrcoef(a, b)[0, 1])
+    return float((a == b).mean())
 
-# %% ../../nbs/spots/register.ipynb #3fde401c
+# %% ../../nbs/spots/register.ipynb #ddf3f17c
 def match_tissue(
     votes,             # (rows, 2*cols) -1 glass to 1 tissue
     index,             # (n, 2) half column and row of each spot, from 0
@@ -124,10 +128,10 @@ def match_tissue(
     r, c = np.indices(votes.shape)
     places = (r + c + mirrored) % 2 == 0
     agree, differ = _phi(first[places], votes[places] > 0), int((first ^ next_best).sum())
-    return Match(int(best[1]), int(best[0]), agree, float(top - score[second]), differ, bool(mirrored),
-        float(top - other))
+    margin, mirror_margin = float(top - score[second]), float(top - other)
+    return Match(int(best[1]), int(best[0]), agree, margin, differ, bool(mirrored), mirror_margin)
 
-# %% ../../nbs/spots/register.ipynb #ccde271a
+# %% ../../nbs/spots/register.ipynb #d94cd199
 def fit_scale(
     given, true,       # (n, 2) pixels
 ):                     # scale, shift (2,), root mean square of what remains, pixels
@@ -137,7 +141,9 @@ def fit_scale(
     rest = true - t - scale*(given - g)
     return scale, t - scale*g, float(np.sqrt((rest**2).sum(1).mean()))
 
-def _half_columns(lattice): return np.stack([2*lattice.index[:, 0] + lattice.index[:, 1], lattice.index[:, 1]], 1)
+def _half_columns(lattice):        # (n, 2) half column and row
+    along, row = lattice.index.T
+    return np.stack([2*along + row, row], 1)
 
 def frame_estimate(
     od, step: int,       # densities, and how many pixels of the slide one of theirs is
@@ -158,19 +164,19 @@ def frame_estimate(
         best = dict(area=area, match=match, scale=scale, shift=shift, rms=rms, pitch=VISIUM_PITCH_UM/area.um)
     return best
 
-# %% ../../nbs/spots/register.ipynb #db23b252
+# %% ../../nbs/spots/register.ipynb #54ab54a8
 def _glass(od, p):          # what is printed on bare glass, flat elsewhere; p: pitch in pixels of od
     grey = od.mean(2)
     bare = ~ndimage.binary_dilation(ndimage.gaussian_filter(grey, .3*p) > .15, iterations=max(int(.5*p), 1))
-    ground = ndimage.gaussian_filter(grey*bare,
-        .8*p)/np.maximum(ndimage.gaussian_filter(bare.astype(np.float32), .8*p), 1e-3)
+    share = ndimage.gaussian_filter(bare.astype(np.float32), .8*p)
+    ground = ndimage.gaussian_filter(grey*bare, .8*p)/np.maximum(share, 1e-3)
     return np.where(bare, np.clip(grey - ground, -.03, .03), 0)
 
 def _wave(plane, step, k):  # complex amplitude of a plane wave, k in cycles per pixel of the slide
     x, y = (np.arange(n)*step + (step - 1)/2 for n in plane.shape[::-1])
     return np.exp(2j*np.pi*k[1]*y) @ plane @ np.exp(2j*np.pi*k[0]*x)
 
-# %% ../../nbs/spots/register.ipynb #281f033c
+# %% ../../nbs/spots/register.ipynb #93c84917
 class Printed(NamedTuple):
     "A lattice seen on the glass."
     scale: float           # of the seen lattice over the given one
@@ -194,21 +200,24 @@ def printed_lattice(
     fine = scales[i]*np.exp(np.linspace(-.5, .5, 41)/n)
     s = fine[np.argmax([sum(height(v)) for v in fine])]
     low = heights[i]/np.maximum(np.median(heights, 0), 1.)
-    return Printed(float(s), np.array([np.angle(_wave(plane, step, k/s)) for k in waves])/2/np.pi, float(low.min()),
-        float(heights[i].min()))
+    phase = np.array([np.angle(_wave(plane, step, k/s)) for k in waves])/2/np.pi
+    return Printed(float(s), phase, float(low.min()), float(heights[i].min()))
 
-# %% ../../nbs/spots/register.ipynb #3570fbc6
+# %% ../../nbs/spots/register.ipynb #843941e7
 def _otsu(v):          # the threshold that splits values into two classes farthest apart (Otsu 1979)
     v = np.sort(v)
     n = np.arange(1, len(v))
     total = v.cumsum()
     between = (total[-1]*n/len(v) - total[:-1])**2/(n*(len(v) - n))
     return (v[between.argmax()] + v[between.argmax() + 1])/2
-_REACH = 6             # steps of the lattice
+_MOST_STEPS = 6        # of the lattice, by which spots may move
+
+def _whole_steps(low, high):      # (n, 2) all pairs of whole numbers from low to below high
+    return np.stack(np.meshgrid(*map(np.arange, low, high)), -1).reshape(-1, 2)
 
 # which whole step of the lattice puts the spots on tissue
-def _best_step(vote, lattice, first, basis, reach=_REACH):
-    steps = np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)]*2), -1).reshape(-1, 2)
+def _best_step(vote, lattice, first, basis, most=_MOST_STEPS):
+    steps = _whole_steps([-most]*2, [most + 1]*2)
     score = np.array([vote(first + s @ basis).sum() for s in steps])
     order = score.argsort()[::-1]
     margin, gap = score[order[0]] - score[order[1]], steps[order[1]] - steps[order[0]]
@@ -218,15 +227,17 @@ def _best_step(vote, lattice, first, basis, reach=_REACH):
 
 # phi between occupied and on tissue, over all places on the slide
 def _agreement(vote, lattice, origin, basis, shape):
-    corners = (np.array([[0, 0], [shape[0], 0], [0, shape[1]], shape]) - origin) @ np.linalg.inv(basis)
+    width, height = shape
+    corners = np.array([[0, 0], [width, 0], [0, height], shape])
+    corners = (corners - origin) @ np.linalg.inv(basis)
     low, high = np.floor(corners.min(0)).astype(int), np.ceil(corners.max(0)).astype(int) + 1
-    index = np.stack(np.meshgrid(*[np.arange(a, b) for a, b in zip(low, high)]), -1).reshape(-1, 2)
+    index = _whole_steps(low, high)
     at = origin + index @ basis
     inside = ((at >= 0) & (at < shape)).all(1)
     spots = set(map(tuple, lattice.index))
     return _phi(np.array([tuple(i) in spots for i in index[inside]]), vote(at[inside]) > 0)
 
-# %% ../../nbs/spots/register.ipynb #f8886f2f
+# %% ../../nbs/spots/register.ipynb #ee2928e1
 def printed_estimate(
     od, step: int,         # densities, and how many pixels of the slide one of theirs is
     lattice: SpotLattice,
@@ -239,14 +250,15 @@ def printed_estimate(
     shift = (off - np.round(off)) @ basis
     plane = ndimage.uniform_filter(od.mean(2), max(round(.5*lattice.pitch/step), 1))
     level = _otsu(plane[::4, ::4].ravel())
-    def vote(at): return np.where(((at >= 0) & (at < shape)).all(1),
-        np.clip((_sample(plane, at, step) - level)/.06, -1, 1), -1)
+    def vote(at):
+        inside = ((at >= 0) & (at < shape)).all(1)
+        return np.where(inside, np.clip((_sample(plane, at, step) - level)/.06, -1, 1), -1)
     best, margin, differ = _best_step(vote, lattice, seen.scale*xy + shift, basis)
     shift = shift + best @ basis
     agree = _agreement(vote, lattice, seen.scale*lattice.origin + shift, basis, shape)
-    return dict(match=Match(int(best[0]), int(best[1]), agree, margin, differ, False, np.inf), scale=seen.scale,
-        shift=shift,
-        rms=seen.scale*lattice.rms, pitch=seen.scale*lattice.pitch)
+    match = Match(int(best[0]), int(best[1]), agree, margin, differ, mirrored=False, mirror_margin=np.inf)
+    rms, pitch = seen.scale*lattice.rms, seen.scale*lattice.pitch
+    return dict(match=match, scale=seen.scale, shift=shift, rms=rms, pitch=pitch)
 
 # %% ../../nbs/spots/register.ipynb #7e9b09ec
 def _features(od, step, xy, pitch):
@@ -258,7 +270,7 @@ def _features(od, step, xy, pitch):
     F = np.stack([_sample(p, xy, step) for p in planes], 1)
     return np.column_stack([np.ones(len(F)), F, F**2])
 
-# %% ../../nbs/spots/register.ipynb #d708a486
+# %% ../../nbs/spots/register.ipynb #3eec2f13
 def _components(values, k=4):      # (n, k) leading components of the ranked targets, unit variance
     ranks = values.argsort(0).argsort(0).astype(float)
     ranks = (ranks - ranks.mean(0))/np.maximum(ranks.std(0), 1e-9)
@@ -267,7 +279,9 @@ def _components(values, k=4):      # (n, k) leading components of the ranked tar
 
 def _r2(F, Y, share):
     rest = Y - F @ np.linalg.lstsq(F, Y, rcond=None)[0]
-    return float(share @ (1 - rest.var(0)/np.maximum(Y.var(0), 1e-9)*(len(F) - 1)/(len(F) - F.shape[1])))
+    unexplained = rest.var(0)/np.maximum(Y.var(0), 1e-9)
+    n, k = F.shape
+    return float(share @ (1 - unexplained*(n - 1)/(n - k)))
 
 def content_gain(
     od, step: int,
@@ -281,13 +295,15 @@ def content_gain(
     Y, share = _components(values)
     A, B = (_features(od, step, xy, pitch) for xy in (before, after))
     strip = np.argsort(np.argsort(after[:, 0]))*10//len(after)
-    left = [_r2(B[k], Y[k], share) - _r2(A[k], Y[k], share) for k in (strip != i for i in range(10))]
-    return dict(before=_r2(A, Y, share), after=_r2(B, Y, share),
-        error=float(np.sqrt(.9*((left - np.mean(left))**2).sum())))
+    def gain(rest): return _r2(B[rest], Y[rest], share) - _r2(A[rest], Y[rest], share)
+    left = [gain(strip != i) for i in range(10)]
+    error = float(np.sqrt(.9*((left - np.mean(left))**2).sum()))         # jackknife
+    return dict(before=_r2(A, Y, share), after=_r2(B, Y, share), error=error)
 
-# %% ../../nbs/spots/register.ipynb #b6de3f62
+# %% ../../nbs/spots/register.ipynb #ce407002
 def _tissue_doubts(found, n):
-    m, out, full = found["match"], [], "area" in found and n > .97*found["area"].cols*found["area"].rows
+    m, out, area = found["match"], [], found.get("area")
+    full = area is not None and n > .97*area.cols*area.rows
     if m.agree < (.0 if full else .5):
         out.append(f"spots and tissue disagree (phi {m.agree:.2f}, at least 0.5 is asked)")
     nearly = "fits the tissue nearly as well"
@@ -295,8 +311,8 @@ def _tissue_doubts(found, n):
         out.append(f"another step of the lattice {nearly} ({m.margin:.0f} of {m.differ} places)")
     if m.mirror_margin < max(3, .1*m.differ):
         out.append(f"the mirrored array {nearly} ({m.mirror_margin:.0f} places)")
-    if "area" not in found and max(abs(m.col),
-        abs(m.row)) >= _REACH: out.append("the spots would move as far as is looked at")
+    if area is None and max(abs(m.col), abs(m.row)) >= _MOST_STEPS:
+        out.append("the spots would move as far as is looked at")
     return out
 
 def doubts(
@@ -344,11 +360,10 @@ def _standard_errors(found, frame, xy):
     scale = np.hypot(found["rms"]/spread/n**.5, line*2**.5/(max(frame.size) if frame is not None else spread))
     return dict(scale=float(scale), position_px=float(np.hypot(line, np.hypot(found["rms"]/n**.5, scale*spread))))
 
-# %% ../../nbs/spots/register.ipynb #11452fe4
+# %% ../../nbs/spots/register.ipynb #85bf73c4
 def _frame_facts(frame):
     return frame and dict(centre=frame.centre, size=frame.size, angle_deg=float(np.rad2deg(frame.angle)),
-        dots=sum(frame.n), filled=frame.filled,
-        step_px=frame.step, rms_px=frame.rms, corners=frame.corners)
+        dots=sum(frame.n), filled=frame.filled, step_px=frame.step, rms_px=frame.rms, corners=frame.corners)
 
 def _evidence(image, od, step, xy, values, lattice, frame, seen, found):
     after = found["scale"]*xy + found["shift"]
@@ -397,7 +412,7 @@ def register(
     found = found or printed_estimate(od, step, lattice, xy, seen)
     return _verdict(_evidence(image, od, step, xy, target_values, lattice, frame, seen, found), found, lattice, len(xy))
 
-# %% ../../nbs/spots/register.ipynb #292cd18e
+# %% ../../nbs/spots/register.ipynb #efd1c178
 def _verdict(evidence, found, lattice, n):
     evidence["reasons"] = doubts(found, lattice, n, evidence)
     if evidence["reasons"]: return Registration(evidence=evidence)
@@ -410,17 +425,16 @@ def _verdict(evidence, found, lattice, n):
     return Registration(found["scale"], *map(float, found["shift"]), True, evidence)
 
 def _upright(image, xy, values):        # rows of the array run down the picture: look at it with x and y exchanged
-    if abs(np.rad2deg(fit_lattice(xy[:,
-        ::-1]).angle)) > 15: return Registration.none("the lattice is turned by neither 0 nor 90 degrees")
+    if abs(np.rad2deg(fit_lattice(xy[:, ::-1]).angle)) > 15:
+        return Registration.none("the lattice is turned by neither 0 nor 90 degrees")
     r = register(np.ascontiguousarray(image.transpose(1, 0, 2)), xy[:, ::-1], values)
     e = r.evidence | dict(exchanged=True)
-    if e.get("frame"): e["frame"] |= {k: np.asarray(e["frame"][k])[..., ::-1]
-        for k in ("centre", "size", "step_px", "corners")}
-    if "estimate" in e: e["estimate"] = dict(scale=e["estimate"]["scale"], dx=e["estimate"]["dy"],
-        dy=e["estimate"]["dx"])
+    frame, found = e.get("frame"), e.get("estimate")
+    if frame: frame |= {k: np.asarray(frame[k])[..., ::-1] for k in ("centre", "size", "step_px", "corners")}
+    if found: e["estimate"] = dict(scale=found["scale"], dx=found["dy"], dy=found["dx"])
     return Registration(r.scale, r.dy, r.dx, r.confident, e)
 
-# %% ../../nbs/spots/register.ipynb #9c4e79c5
+# %% ../../nbs/spots/register.ipynb #273f5463
 def show_registration(
     image,               # (H, W, 3) uint8
     xy,                  # (n, 2) given pixels
@@ -433,7 +447,7 @@ def show_registration(
     h, w = image.shape[:2]
     k = max(1, max(h, w)//700)
     frame, after = r.evidence.get("frame"), r.apply(xy)
-    mid = after[np.hypot(*(after - np.median(after, 0)).T).argmin()]
+    x, y = after[np.hypot(*(after - np.median(after, 0)).T).argmin()]
     half = 5*(r.evidence.get("lattice") or {}).get("pitch_px", w/20)
     for ax, part, where in zip(axes, ("before", "after", "part"), (xy, after, None)):
         ax.imshow(image[::k, ::k] if part != "part" else image, extent=(-.5, w - .5, h - .5, -.5))
@@ -444,8 +458,7 @@ def show_registration(
         ax.set(xlabel="x, pixels", ylabel="y, pixels")
     axes[2].plot(*np.asarray(xy).T, "o", mfc="none", mec="yellow", ms=6)
     axes[2].plot(*after.T, "o", mfc="none", mec="lime", ms=6)
-    axes[2].set(xlim=(mid[0] - half, mid[0] + half), ylim=(mid[1] + half, mid[1] - half),
-        title="Given (yellow), registered (green)")
+    axes[2].set(xlim=(x - half, x + half), ylim=(y + half, y - half), title="Given (yellow), registered (green)")
     return fig
 
 # %% ../../nbs/spots/register.ipynb #d23585f8

@@ -1,11 +1,15 @@
 """How far registration leaves spots from the truth, and how often it is wrongly sure.
 
-python tests/measure_registration.py [--slides 50] [--size 2000] [--real FILE.h5 ...] [--json OUT.json]
+python bench/measure_registration.py [--slides 50] [--size 2000] [--real FILE.h5 ...] [--json OUT.json]
 
-Painted slides get factors from 0.90 to 1.05 and shifts up to 80 px; so do the slides of a file whose coordinates are right (--real; shifts up to three pitches), which are also tried as they are.
-An error is the mean distance of a slide's spots from the truth, in spot pitches; "bias" is the same without the rounding of the file, "stated" the standard error claimed for it. "Wrong" is a claim that leaves more than half a pitch.
+Painted slides get factors from 0.90 to 1.05 and shifts up to 80 px; so do the slides of a file whose coordinates are
+right (--real; shifts up to three pitches), which are also tried as they are.
+An error is the mean distance of a slide's spots from the truth, in spot pitches; "bias" is the same without the
+rounding of the file, "stated" the standard error claimed for it. "Wrong" is a claim that leaves more than half a pitch.
 """
-import argparse, os, time
+import argparse
+import os
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -52,11 +56,14 @@ def real(path, times=10):
     factory = DataFactory(path)
     for name, rows in factory.spots.groupby("slide").indices.items():
         table, image = factory.spots.iloc[rows], factory.read_slide(name)
-        xy, values = table[["x", "y"]].to_numpy(float), table[factory.targets].to_numpy() if factory.slides[name].split == "Train" else None
+        xy = table[["x", "y"]].to_numpy(float)
+        values = table[factory.targets].to_numpy() if factory.slides[name].split == "Train" else None
         lattice = fit_lattice(xy)
         pitch = lattice.pitch if lattice else factory.slides[name].pitch_px
-        for i in range(times + 1): yield trial(image, xy, pitch, np.random.default_rng([9, i]), values, move=i > 0,
-            reach=max(80., 3*pitch)) | dict(name=name, moved=i > 0)
+        for i in range(times + 1):
+            rng = np.random.default_rng([9, i])
+            seen = trial(image, xy, pitch, rng, values, move=i > 0, reach=max(80., 3*pitch))
+            yield seen | dict(name=name, moved=i > 0)
 
 
 def summary(t):

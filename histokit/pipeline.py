@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_recipe', 'read_recipe', 'recipe_task', 'typed',
            'Ask', 'task_parameters', 'resolve', 'stage_settings', 'check_values', 'absolute_paths', 'check_space',
-           'stage_key', 'first_key', 'Progress', 'run_pipeline', 'run_report', 'demo_run']
+           'stage_key', 'first_key', 'Progress', 'check_asked', 'prepare_asked', 'run_pipeline', 'run_report',
+           'demo_run']
 
 # %% ../nbs/06_pipeline.ipynb #1957ff0c
 import importlib, os, re, shutil, time
@@ -232,7 +233,7 @@ def first_key(
     parts = [data, package_fingerprint(), *(file_fingerprint(f) for f in files if f and Path(f).is_file())]
     return sha256_of(*parts)
 
-# %% ../nbs/06_pipeline.ipynb #89e08ac0
+# %% ../nbs/06_pipeline.ipynb #ca88960a
 @dataclass
 class Progress:
     "How a run goes on: which stages, again or not, and who is told."
@@ -241,6 +242,18 @@ class Progress:
     show: object = print  # called with each line for the person waiting
 
     def label(self, stage)->str: return f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}"
+
+def check_asked(task: str, ask: dict)->None:
+    "`check_values`, for a process of its own."
+    check_values(TASKS[task], Ask(ask))
+
+def prepare_asked(
+    task: str, ask: dict, run: str,
+)->tuple:                     # the parameters of each stage, and about how many bytes the run will write
+    "The task's data, prepared in a process of its own."
+    task, ask = TASKS[task], Ask(ask).put(run_dir=run)
+    ask = task.call("prepare", ask, RunFolder(run))
+    return dict(ask), task.call("bytes_needed", ask)
 
 def run_pipeline(
     recipe: str,              # path or name of a recipe
@@ -255,11 +268,12 @@ def run_pipeline(
     file = find_recipe(recipe)
     given = read_recipe(file)
     task, ask = recipe_task(given), absolute_paths(resolve(given, overrides))
-    call_ready("histokit.pipeline:check_values", task, ask)
+    call_ready("histokit.pipeline:check_asked", task.name, dict(ask))
     run = RunFolder(Path(run_dir or ask.get("run_dir") or Path("runs")/file.stem).resolve())
     with run_lock(run.path):
-        ask = call_ready(f"{task.module}:prepare", ask.put(run_dir=str(run.path)), run)
-        check_space(run.path, call_ready(f"{task.module}:bytes_needed", ask))
+        ready, need = call_ready("histokit.pipeline:prepare_asked", task.name, dict(ask), str(run.path))
+        ask = Ask(ready)
+        check_space(run.path, need)
         _run_stages(run, task, ask, Progress(tuple(stages or task.names()), force, show), file.stem)
     return run.path
 

@@ -6,7 +6,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 
-SMOKE = ["epochs=4", "stain_method=macenko", "views=none", "input_px=32", "smoothing=1"]   # the least that runs every stage
+# the least that runs every stage
+SMOKE = ["epochs=4", "stain_method=macenko", "views=none", "input_px=32", "smoothing=1"]
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +20,5 @@ def demo_file():
 def finished_run(tmp_path_factory, demo_file):
     "A run folder with every stage done, not to be changed by a test."
     from histokit.pipeline import run_pipeline
-    return run_pipeline("demo", [f"data_path={demo_file}", *SMOKE], tmp_path_factory.mktemp("run")/"smoke", show=lambda line: None)
+    return run_pipeline("demo", [f"data_path={demo_file}", *SMOKE], tmp_path_factory.mktemp("run")/"smoke",
+        show=lambda line: None)

@@ -1,4 +1,4 @@
-"""Bad input through the command line: one line that names the trouble and the mend, exit status 1, and earlier results as they were."""
+"""Bad input through the command line: one line with the trouble and the mend, exit status 1, earlier results kept."""
 import errno
 import hashlib
 import json
@@ -225,7 +225,13 @@ def test_results_that_outgrow_the_limit(demo_file, tmp_path):
 def test_killed_while_writing(tmp_path):
     "SIGKILL in the middle of a write leaves the earlier file whole, and the next write goes through."
     path = write_table(tmp_path/"a.csv", pd.DataFrame(dict(a=[1])))
-    code = f"import time; from histokit.core.files import atomic\nwith atomic({str(path)!r}) as tmp: tmp.write_text('half'); print('writing', flush=True); time.sleep(60)"
+    code = "\n".join([
+        "import time",
+        "from histokit.core.files import atomic",
+        f"with atomic({str(path)!r}) as tmp:",
+        "    tmp.write_text('half')",
+        "    print('writing', flush=True)",
+        "    time.sleep(60)"])
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "writing\n"
     child.send_signal(signal.SIGKILL)

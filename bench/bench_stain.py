@@ -6,8 +6,8 @@ The slide is a tile repeated. Times are the best of several runs. Extra memory i
 call, over what it held before, as a share of the slide, the result included. Each transform reads the slide's stain and
 repaints it. The last column is how far the result is from staintools', in grey levels: near 0 the same was computed.
 
-Alternatives that do not install beside histokit can lie in an environment of their own, whose interpreter is given. They
-then run on the same slide, in a process of theirs.
+Alternatives that do not install beside histokit can lie in an environment of their own, whose interpreter is given.
+They then run on the same slide, in a process of theirs.
 
     python -m venv alternatives
     alternatives/bin/pip install 'setuptools<81' numpy psutil torch torchvision staintools spams-bin torchstain \\
@@ -196,7 +196,8 @@ def batches(tile):
     "Batches of 32 crops of a tile."
     big, rng = np.tile(tile, (2, 2, 1)), np.random.default_rng(0)
     for px in (224, 400):
-        crops = [big[y:y + px, x:x + px] for y, x in rng.integers(0, tile.shape[0], (32, 2))]
+        corners = rng.integers(0, tile.shape[0], (32, 2))
+        crops = [big[y:y + px, x:x + px] for y, x in corners]
         yield px, torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())
 
 

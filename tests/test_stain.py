@@ -331,7 +331,8 @@ def test_every_kind_of_picture(kind, engine):
 
 NO_PICTURES = [
     "slide.png", None, 3, np.array([["a"]]),
-    np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8),
+    np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8),
+    np.zeros((2, 4, 4, 3), np.uint8),
     *(np.full((4, 4, 3), value) for value in (200., np.nan)),
     *(np.zeros((4, 4, 3), dtype) for dtype in (complex, np.int64))]
 

@@ -20,7 +20,8 @@ SETTINGS = ("stain_method=macenko", "views=flips", "input_px=48", "smoothing=aut
 
 def run_seconds(run, overrides):
     "Wall time of a run, and what it says of each stage."
-    code = f"from histokit.pipeline import run_pipeline; run_pipeline('demo', {list(overrides)!r}, {str(run)!r}, show=print)"
+    asked = f"'demo', {list(overrides)!r}, {str(run)!r}, show=print"
+    code = f"from histokit.pipeline import run_pipeline\nrun_pipeline({asked})"
     start = time.time()
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     return time.time() - start, said

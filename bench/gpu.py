@@ -250,7 +250,7 @@ def repaint_slide(b):
     slide, plan = stain_plan(b)
     rows = b.torch.from_numpy(slide.reshape(-1, plan.factor.size)).to(b.device)
     out, paint, pixels = b.torch.empty_like(rows), tensor_painter(plan, len(rows), b.device), slide[..., 0].size
-    def transform(): out.copy_(paint(rows))
+    def transform(): out.copy_(paint(rows))         # noqa: F821 (they are deleted below)
     took = b.seconds(transform)
     what = f"stain of a slide of {b.sizes.side} x {b.sizes.side}"
     yield Row(f"{what}: on the device", pixels / took / 1e6, "megapixels/s")

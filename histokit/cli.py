@@ -179,7 +179,7 @@ def score(submission: Path, truth: Path, as_json: Json = False):
     text = f"mean per-spot Spearman {interval} over {len(each)} spots; per type {per_type:.4f}"
     say(dict(per_spot=each.mean(), low=low, high=high, per_type=per_type, spots=len(each)), text, as_json)
 
-# %% ../nbs/cli.ipynb #91b7794f
+# %% ../nbs/cli.ipynb #bc693d48
 def _stained(name, report):
     "What became of a picture, in one line."
     left = "left as it is" if report.get("written", True) else "not written"
@@ -189,7 +189,7 @@ def _stained(name, report):
 @command()
 def stain(
     image: Annotated[Path, typer.Argument(help="a picture, an HDF5 file of slides, or a folder of pictures")],
-    reference: Annotated[str, typer.Argument(help="a picture, a normaliser (.json), or a slide of the file ('': the first)")],
+    reference: Annotated[str, typer.Argument(help="a picture, a normaliser (.json), or a slide ('': the first)")],
     out: Annotated[Path, typer.Argument(help="of the same kind as IMAGE")],
     method: Annotated[str, typer.Option(help="vahadane, macenko, ruifrok, reinhard, modified-reinhard")] = "vahadane",
     engine: Annotated[str, typer.Option(help="auto, numba, torch, numpy, staintools")] = "auto",
@@ -220,7 +220,8 @@ def import_visium_command(
     from histokit.spots.own_slides import import_visium
     part = "Test" if test else "Train"
     done = import_visium(outs, targets or None, out, image=image, split=part, name=name, append=append,
-        overwrite=overwrite, patient=patient, sample=sample, bin_um=bin_um, scale=scale, reduce_to=reduce_to, library=library)
+        overwrite=overwrite, patient=patient, sample=sample, bin_um=bin_um, scale=scale, reduce_to=reduce_to,
+        library=library)
     say(vars(done), str(done), as_json)
 
 @command()

@@ -30,4 +30,4 @@ step "nbdev_test"
 HISTOKIT_DEMO_RUN="$tmp/demo" "$BIN/nbdev_test" --n_workers 2 --timing
 
 step "pytest"
-"$BIN/python" -m pytest ${PYTEST_ARGS:--m "not slow"}
+"$BIN/python" -m pytest -n 2 --dist worksteal ${PYTEST_ARGS:--m "not slow"}

@@ -116,7 +116,7 @@ class Fitted(NamedTuple):
     model: object = None          # to be kept, where there is one
     chosen: dict = {}             # what was chosen inside
 
-# %% ../../nbs/spots/crossval.ipynb #cf2952db
+# %% ../../nbs/spots/crossval.ipynb #46c5a810
 @dataclass
 class Finetuning:
     "Trains the whole model for each fold; rows are those of the training spots."
@@ -140,8 +140,8 @@ class Finetuning:
     def trainer(self, model, score, folder, say)->Trainer:
         "The kit's trainer with the settings of this stage."
         s = self.settings
-        names = ("epochs", "batch_size", "lr_head", "lr_backbone", "weight_decay", "scheduler", "patience", "clip", "amp",
-                 "device", "workers", "seed", "progress", "accumulate", "ema", "channels_last", "compile",
+        names = ("epochs", "batch_size", "lr_head", "lr_backbone", "weight_decay", "scheduler", "patience", "clip",
+                 "amp", "device", "workers", "seed", "progress", "accumulate", "ema", "channels_last", "compile",
                  "deterministic", "save_every")
         return Trainer(model, Loss(s.loss), score, folder, log=say, **{n: getattr(s, n) for n in names})
 

@@ -17,9 +17,9 @@ import typer
 import histokit
 from .core.text import BadInput
 
-# %% ../nbs/cli.ipynb #9b9e8f5b
+# %% ../nbs/cli.ipynb #b93c328b
 _settings = dict(help_option_names=["-h", "--help"])
-_group = dict(no_args_is_help=True, context_settings=_settings)
+_group = dict(no_args_is_help=True, context_settings=_settings, rich_markup_mode=None)
 app = typer.Typer(**_group, add_completion=False, pretty_exceptions_enable=False,
     help="Medical images to a validated answer: notebooks that are library, test, pipeline and Kaggle kernel at once.")
 kernels = typer.Typer(**_group, help="Kaggle kernels: build and check.")

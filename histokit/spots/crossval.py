@@ -364,6 +364,7 @@ def fit_folds(
     folds, s = [*method.data.folds(), -1], method.settings
     n, threads = how_many(s, len(folds))
     if n == 1: return {k: fit_fold(method, k, say) for k in folds}
+    folds.sort(key=lambda k: (method.data.fold == k).sum())              # the longest training first
     shared = (method.run.path, str(data_path), s, method.network)
     jobs = [Job("histokit.spots.crossval:fold_job", (*shared, k), talks=True) for k in folds]
     return dict(zip(folds, side_by_side(jobs, n, threads, say)))

@@ -132,13 +132,13 @@ def check_scale(
     mend = "learn target=log or target=rank, the scale that the score sees"
     return [warning(f"1 % of the values make {share:.0%} of the squared error", mend, where)]
 
-# %% ../../nbs/core/checks.ipynb #8668fb2d
+# %% ../../nbs/core/checks.ipynb #7adb490e
 def _level_section(level, some, most):
     "The findings of one level under their heading."
     rows = [{"where": f.where or "file", "what": f.what, "mend": f.mend} for f in some[:most]]
     more = f"<p class=none>and {len(some) - most} more</p>" if len(some) > most else ""
     heading = f"<h3>{len(some)} {level}{'s' * (len(some) > 1)}</h3>"
-    return f"<section class={level}>{heading}{html_table(rows)}{more}</section>"
+    return f"<section class={level}>{heading}{html_table(rows, stacked=True)}{more}</section>"
 
 def html_findings(
     findings,          # list of Finding

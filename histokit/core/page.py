@@ -25,16 +25,23 @@ def escaped(
     text = f"{value:.3g}" if number else str(value)
     return Html(html.escape(text.encode("utf-8", "backslashreplace").decode()))
 
-# %% ../../nbs/core/page.ipynb #483e1090
-def _row(values, tag="td"): return "<tr>" + "".join(f"<{tag}>{escaped(v)}</{tag}>" for v in values) + "</tr>"
+# %% ../../nbs/core/page.ipynb #ca66ec27
+def _cell(column, value, stacked):
+    "A cell; one that may be stacked carries the name of its column."
+    name = f" data-column='{escaped(column)}'" if stacked else ""
+    return f"<td{name}>{escaped(value)}</td>"
 
 def html_table(
-    rows,            # list of dictionaries with the same keys
+    rows,                    # list of dictionaries with the same keys
+    stacked: bool = False,   # on a phone one value below the other, instead of a table that scrolls
 )->Html:
     "A table, everything escaped."
     if not rows: return Html("<p class=none>none</p>")
-    body = "".join(_row(r.values()) for r in rows)
-    return Html(f"<div class=wide><table>{_row(rows[0], 'th')}{body}</table></div>")
+    head = "".join(f"<th>{escaped(column)}</th>" for column in rows[0])
+    lines = ("".join(_cell(*item, stacked) for item in row.items()) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    css = "stacked" if stacked else "wide"
+    return Html(f"<div class={css}><table><tr>{head}</tr>{body}</table></div>")
 
 # %% ../../nbs/core/page.ipynb #9c918d51
 def png(
@@ -61,7 +68,7 @@ def data_uri(
         kind, raw = "jpeg", buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
 
-# %% ../../nbs/core/page.ipynb #7938a590
+# %% ../../nbs/core/page.ipynb #ec428af9
 def html_image(
     image,              # as for `data_uri`
     alt: str = "",      # what it shows, in words
@@ -71,12 +78,20 @@ def html_image(
     kind = f" class={css}" if css else ""
     return Html(f"<img{kind} alt='{escaped(alt)}' src='{data_uri(image)}'>")
 
+# What opens and closes is the browser's own; only Escape has to be added.
+_ZOOM = 'class=zoom onkeydown="if(event.key==\'Escape\')this.open=false"'
+
 def html_figure(
     image,              # as for `data_uri`
     caption: str = "",
+    alt: str = "",      # what it shows, in words; "" = the caption
+    css: str = "",      # class of the page's style
 )->Html:
-    "A picture with its caption below."
-    return Html(f"<figure>{html_image(image, caption)}<figcaption>{escaped(caption)}</figcaption></figure>")
+    "A picture with its caption below, enlarged by a click or by Enter."
+    kind = f" class={css}" if css else ""
+    shown = f"<summary title='enlarge'>{html_image(image, alt or caption)}</summary>"
+    below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
+    return Html(f"<figure{kind}><details {_ZOOM}>{shown}</details>{below}</figure>")
 
 def html_gallery(
     pictures,                # pairs of caption and picture
@@ -145,28 +160,44 @@ class Shown:
     def __repr__(self): return self.text
     def _repr_html_(self): return self.draw(*self.args)
 
-# %% ../../nbs/core/page.ipynb #def232be
+# %% ../../nbs/core/page.ipynb #50b99d88
 STYLE = """
-:root{color-scheme:light dark;--ink:#222;--paper:#fff;--dim:#666;--line:#e0e0e0;--soft:#eee;
---bad:#b00020;--doubt:#955a00}
+:root{color-scheme:light dark;--ink:#222;--paper:#fff;--dim:#5f5f5f;--line:#e0e0e0;--soft:#eee;
+--bad:#b00020;--doubt:#8a5200}
 @media (prefers-color-scheme:dark){
-:root{--ink:#e6e6e6;--paper:#181818;--dim:#a0a0a0;--line:#3a3a3a;--soft:#2c2c2c;--bad:#ff7b8a;--doubt:#e5a94f}}
-body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
+:root{--ink:#e6e6e6;--paper:#181818;--dim:#a8a8a8;--line:#3a3a3a;--soft:#2c2c2c;--bad:#ff7b8a;--doubt:#e5a94f}}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
 color:var(--ink);background:var(--paper)}
 h1{margin-bottom:0;overflow-wrap:anywhere}h2{margin-top:2em;border-bottom:1px solid var(--line)}
-table{border-collapse:collapse;font-size:13px}
-th,td{text-align:left;vertical-align:top;padding:3px 10px 3px 0;
-border-bottom:1px solid var(--line);overflow-wrap:anywhere}
-th{font-weight:600;white-space:nowrap}.wide{overflow-x:auto}
+table{border-collapse:collapse;font-size:14px}
+th,td{text-align:left;vertical-align:top;padding:3px 10px 3px 0;border-bottom:1px solid var(--line)}
+td{overflow-wrap:anywhere}th{font-weight:600;white-space:nowrap}
+.wide{overflow-x:auto}.wide td{overflow-wrap:normal}
+.wide td:first-child,.wide th:first-child{position:sticky;left:0;background:var(--paper)}
 section{border-left:4px solid var(--line);padding-left:12px;margin:1em 0}section h3{margin:0}
 section td:first-child{min-width:9em}section td:nth-child(2){min-width:20em}
 section.error{border-color:var(--bad)}section.warning{border-color:var(--doubt)}
 .error h3,.counts .error{color:var(--bad)}.warning h3,.counts .warning{color:var(--doubt)}
 .counts span{display:inline-block;padding:1px 12px;margin:6px 6px 0 0;border-radius:9px;background:var(--soft)}
-img{max-width:100%;height:auto}.pictures{display:flex;flex-wrap:wrap;gap:12px}.plot{background:#fff}
-figure{margin:0}figcaption,.none,.facts{color:var(--dim);font-size:13px}
+img{max-width:100%;height:auto;vertical-align:top}
+figure{margin:0}figcaption,.none,.facts{color:var(--dim);font-size:14px}
+.pictures{display:flex;flex-wrap:wrap;gap:14px}.pictures figure{max-width:min(100%,340px)}.plot img{background:#fff}
 .swatch{display:inline-block;width:3em;height:1.2em;border:1px solid var(--dim)}
-@media (max-width:600px){body{margin:1em auto;padding:0 .8em}section td:nth-child(2){min-width:12em}}
+summary{cursor:pointer}:focus-visible{outline:3px solid var(--dim);outline-offset:2px}
+.zoom>summary{list-style:none;cursor:zoom-in}.zoom>summary::-webkit-details-marker{display:none}
+.zoom[open]>summary{position:fixed;inset:0;z-index:9;overflow:auto;display:flex;background:var(--paper);cursor:zoom-out}
+.zoom[open] img{margin:auto;width:100%;height:100%;object-fit:contain;background:none}
+.zoom[open]>summary::after{content:"\\00d7";position:fixed;top:8px;right:8px;width:44px;font-size:30px;
+line-height:44px;text-align:center;border-radius:9px;color:var(--ink);background:var(--soft)}
+.plot .zoom[open]>summary{background:#fff}body:has(.zoom[open]){overflow:hidden}
+@media (max-width:600px){
+body{margin:1em auto;padding:0 .8em}h2{margin-top:1.5em}
+.stacked table,.stacked tbody,.stacked td{display:block}.stacked tr{display:block;padding:8px 0;
+border-bottom:1px solid var(--line)}.stacked tr:first-child,.stacked td:empty{display:none}
+.stacked td{min-width:0!important;padding:1px 0;border:0;font-size:16px}.stacked td:first-child{font-weight:600}
+.stacked td:not(:first-child)::before{content:attr(data-column) ": ";color:var(--dim)}
+.stacked tr:has(td:nth-child(5)){display:grid;grid-template-columns:1fr 1fr}.stacked td:first-child{grid-column:1/-1}
+.zoom[open] img{width:auto;height:auto;max-width:none;min-width:200vw}}
 """
 
 def page(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_report']
 
-# %% ../../nbs/spots/check_page.ipynb #c5629e10
+# %% ../../nbs/spots/check_page.ipynb #ca19efc7
 from collections import Counter
 from pathlib import Path
 
@@ -14,12 +14,14 @@ import pandas as pd
 
 from ..core.checks import FINDING_LEVELS, attempt, html_findings
 from ..core.files import atomic
-from ..core.page import Html, escaped, html_gallery, html_image, html_table, page
+from ..core.page import Html, escaped, html_figure, html_gallery, html_table, page
+from ..core.table import as_texts
 from ..learn.scores import row_ranks
 from .check_file import SlideView, check_views, colour_pairs, constant_scores, read_views, tissue_colour
+from .layout import open_h5
 from .maps import show_targets
 
-# %% ../../nbs/spots/check_page.ipynb #a1ad2b89
+# %% ../../nbs/spots/check_page.ipynb #59b5e632
 def _percent(share):
     "A share as text; None where it is not known."
     return f"{share:.0%}" if np.isfinite(share) else None
@@ -30,13 +32,13 @@ def _slide_row(view):
     row = {"slide": view.name, "split": view.split,
         "width x height": f"{shape[1]} x {shape[0]}" if len(shape) > 1 else None,
         "type": view.dtype, "spots": None if view.table is None else len(view.table)}
-    columns = {"pitch, px": "pitch_px", "lattice": "lattice", "µm/px": "um_per_px", "from": "um_source"}
+    columns = {"pitch, px": "pitch_px", "lattice": "lattice", "µm/px": "um_per_px", "scale from": "um_source"}
     row |= {title: getattr(view.info, name, None) for title, name in columns.items()}
     patient = getattr(view.info, "patient", None)
     return row | {"patient": None if patient == view.name else patient, "on tissue": _percent(view.share),
         "rows read": None if view.pixels is None else _percent(view.pixels.share)}
 
-# %% ../../nbs/spots/check_page.ipynb #e06dccaf
+# %% ../../nbs/spots/check_page.ipynb #f9a0fedd
 def _drawable(view, most):
     "(n, 2) positions of at most about `most` spots, those that can be drawn."
     if view.table is None: return np.empty((0, 2))
@@ -46,7 +48,7 @@ def _drawable(view, most):
 
 def _spot_picture(
     view: SlideView,         # with its pixels
-    side: int = 340,         # pixels of the longer side
+    side: int = 600,         # pixels of the longer side
     most: int = 6000,        # spots to draw
 ):                           # PIL image
     "A slide's thumbnail with its spots drawn where the file puts them."
@@ -62,15 +64,16 @@ def _spot_picture(
         draw.ellipse((x - r, y - r, x + r, y + r), outline=(0, 90, 60), width=2)
     return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.LANCZOS)
 
-# %% ../../nbs/spots/check_page.ipynb #4217fc7e
+# %% ../../nbs/spots/check_page.ipynb #3f5d55d6
 def _gallery(views):
     "All slides with their spots, as many as fit."
     shown = [v for v in views if v.pixels is not None]
     if not shown: return Html("<p class=none>no picture could be read</p>")
-    side = next(side for most, side in ((8, 340), (24, 240), (np.inf, 160)) if len(shown) <= most)
-    return html_gallery((f"{v.name}, {v.split}", _spot_picture(v, side)) for v in shown)
+    side = int(np.clip(1200 / np.sqrt(len(shown)), 160, 800))
+    said = "<p class=facts>A ring for each spot, where the file puts it. Click on a picture to enlarge it.</p>"
+    return Html(said + html_gallery((f"{v.name}, {v.split}", _spot_picture(v, side)) for v in shown))
 
-# %% ../../nbs/spots/check_page.ipynb #30d75924
+# %% ../../nbs/spots/check_page.ipynb #3beff9a7
 def _swatch(rgb):
     "A patch of a colour (3,) in grey levels; nothing for None."
     if rgb is None: return Html("")
@@ -79,7 +82,7 @@ def _swatch(rgb):
 def _colour_rows(
     views,           # list of SlideView
 )->list:             # of dictionaries
-    "Mean optical density of each slide's tissue, that colour, and how far it is from the other slides."
+    "Each slide's mean tissue colour, its optical density (OD), and how far it is from the other slides."
     colour = {v.name: tissue_colour(v.pixels) for v in views if v.pixels is not None}
     pairs, rows = colour_pairs(colour), []
     for name, report in colour.items():
@@ -87,52 +90,71 @@ def _colour_rows(
         apart = [d for pair, d in pairs.items() if name in pair]
         rows.append({"slide": name, "tissue colour": _swatch(report["rgb"]),
             **{f"OD {c}": v for c, v in zip(("red", "green", "blue"), od)},
-            "tissue, share": _percent(report["tissue_share"]),
+            "tissue, of the picture": _percent(report["tissue_share"]),
             "ΔE to the others": float(np.mean(apart)) if apart else None,
             "stain": "measured" if report["ok"] else report["reason"]})
     return rows
 
-# %% ../../nbs/spots/check_page.ipynb #597a97b1
+# %% ../../nbs/spots/check_page.ipynb #a520bbdb
+_OF_STAIN = "OD: optical density of the mean tissue colour. ΔE: how different two colours look; below 2 is hardly seen."
+
+def _stain_part(views):
+    "The colours of the slides, with what the columns mean."
+    return Html(f"<p class=facts>{_OF_STAIN}</p>{html_table(_colour_rows(views), stacked=True)}")
+
+# %% ../../nbs/spots/check_page.ipynb #9b034739
 def _view_targets(
     views,           # list of SlideView
 )->tuple:            # names, (n, T) values of the spots whose targets are finite and not negative, (n,) slide
-    "The targets of all training slides that agree on their columns."
+    "The targets of the training slides that have the columns of most of them."
     some = [v for v in views if v.split == "Train" and v.table is not None and len(v.table.columns) > 2]
     if not some: return [], np.empty((0, 0)), np.empty(0, object)
-    names = list(some[0].table.columns[2:])
-    alike = [v.table[names].assign(slide=v.name) for v in some if list(v.table.columns[2:]) == names]
+    columns = [tuple(v.table.columns[2:]) for v in some]
+    names = list(Counter(columns).most_common(1)[0][0])
+    alike = [v.table[names].assign(slide=v.name) for v, own in zip(some, columns) if list(own) == names]
     table = pd.concat(alike, ignore_index=True)
     values = table[names].to_numpy(float)
     good = np.isfinite(values).all(1) & (values >= 0).all(1)
     return names, values[good], table.slide.to_numpy()[good]
 
 def _target_rows(
-    names, values,   # T names, (n, T)
+    names, values,   # T columns of the file, (n, T)
+    types=(),        # T names of cell types, where the file gives them
 )->list:             # of dictionaries
     "Range, sparsity and mean rank of each target."
     small, rank = values <= .1 * values.mean(1, keepdims=True), row_ranks(values).mean(0)
     share = lambda part: f"{part.mean():.0%}"
-    return [{"target": name, "min": v.min(), "median": np.median(v), "max": v.max(),
+    who = [{"cell type": t, "column": n} for t, n in zip(types, names)] or [{"target": n} for n in names]
+    return [w | {"min": v.min(), "median": np.median(v), "max": v.max(),
         "zero": share(v == 0), "up to a tenth of the spot's mean": share(s),
         "mean rank in the spot": round(float(r), 1)}
-        for name, v, s, r in zip(names, values.T, small.T, rank)]
+        for w, v, s, r in zip(who, values.T, small.T, rank)]
 
-# %% ../../nbs/spots/check_page.ipynb #4e4091f0
+# %% ../../nbs/spots/check_page.ipynb #b058b443
 _MOST_TARGETS = 120       # that a page shows
 
-def _target_part(views):
-    "What the targets hold, as a picture and a table, and what answers score that never look."
+def _target_figure(values, names):
+    "The distributions as a picture that can be enlarged."
     import matplotlib.pyplot as plt
+    figure = show_targets(values, names)
+    shown = html_figure(figure, alt="range and mean rank of each target", css="plot")
+    plt.close(figure)
+    return shown
+
+def _target_part(
+    views,           # list of SlideView
+    types=(),        # names of the cell types, where the file gives them
+)->Html:
+    "What the targets hold, as a picture and a table, and what answers score that never look."
     names, values, slide = _view_targets(views)
     if not len(values): return Html("<p class=none>no targets could be read</p>")
+    types = list(types)[:_MOST_TARGETS] if len(types) == len(names) else []
     shown, some = names[:_MOST_TARGETS], values[:, :_MOST_TARGETS]
-    figure = show_targets(some, shown)
-    parts = [html_image(figure, "targets", "plot")]
-    plt.close(figure)
+    parts = [_target_figure(some, types or shown)]
     if len(shown) < len(names):
         parts.append(f"<p class=none>the first {len(shown)} of {len(names)} targets</p>")
     parts += [_constant_part(values, slide), "<details><summary>each target</summary>",
-        html_table(_target_rows(shown, some)), "</details>"]
+        html_table(_target_rows(shown, some, types)), "</details>"]
     return Html("".join(parts))
 
 def _constant_part(values, slide):
@@ -140,10 +162,11 @@ def _constant_part(values, slide):
     scores = constant_scores(values, slide)
     if not scores: return ""
     said = "Each slide answered by the mean of the others. A model is worth what it adds."
-    table = html_table([{"answer for every spot of a slide": k, "score per spot": v} for k, v in scores.items()])
+    rows = [{"answer for every spot of a slide": k, "score per spot": v} for k, v in scores.items()]
+    table = html_table(rows, stacked=True)
     return f"<h3>What a constant scores</h3><p>{said}</p>{table}"
 
-# %% ../../nbs/spots/check_page.ipynb #70bc6f0d
+# %% ../../nbs/spots/check_page.ipynb #75ba5b4f
 def _content(f, *args):
     "What f gives; where a damaged file does not let it be made, the reason."
     failed = []
@@ -160,6 +183,12 @@ def _lead(data_path, views, findings):
     facts = f"<p class=facts>{size}{len(views)} slides, looked at by histokit check</p>"
     return Html(f"{facts}<p class=counts>{''.join(counts)}</p>")
 
+def _cell_types(data_path):
+    "The names of the targets that the file gives; none where it gives none, or cannot be read."
+    def named():
+        with open_h5(data_path) as h5: return as_texts(h5.attrs.get("cell_types", [])).tolist()
+    return attempt([], "", named) or []
+
 def _report_page(
     data_path,                # the file
     views, findings,          # what could be read of it, and what was found
@@ -167,9 +196,9 @@ def _report_page(
     "The page as text."
     name = Path(data_path).name
     parts = {"Findings": lambda: Html(html_findings(findings)),
-        "Slides": lambda: html_table([_slide_row(v) for v in views]),
-        "Where the spots are": lambda: _gallery(views), "Stain": lambda: html_table(_colour_rows(views)),
-        "Targets": lambda: _target_part(views)}
+        "Slides": lambda: html_table([_slide_row(v) for v in views], stacked=True),
+        "Where the spots are": lambda: _gallery(views), "Stain": lambda: _stain_part(views),
+        "Targets": lambda: _target_part(views, _cell_types(data_path))}
     sections = [(title, _content(part)) for title, part in parts.items()]
     return page(name, sections, _lead(data_path, views, findings), f"{name}: histokit check")
 

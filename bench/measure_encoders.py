@@ -19,11 +19,12 @@ import pandas as pd
 
 from histokit.core.files import write_table
 from histokit.core.runs import RunFolder
+from histokit.core.settings import settings_from
 from histokit.learn.bootstrap import mean_difference
 from histokit.learn.scores import mean_spearman, spearman_columns, spearman_rows
 from histokit.pipeline import find_recipe, read_recipe, resolve
 from histokit.spots.crossval import EncodedSpots, FrozenHead, left_out, open_spots
-from histokit.spots.settings import NetworkSettings, TrainingSettings, settings_from
+from histokit.spots.settings import NetworkSettings, TrainingSettings
 
 
 def settings_of(recipe):

@@ -20,6 +20,7 @@ import torch
 
 from histokit.core.files import write_table
 from histokit.core.runs import RunFolder
+from histokit.core.settings import settings_from
 from histokit.frozen.heads import fit_boost, fit_kernel, fit_pls, fit_ridge
 from histokit.frozen.network_head import FeatureDataset, HeadModel, fit_head, head_answer
 from histokit.learn.bootstrap import mean_difference
@@ -33,7 +34,7 @@ from histokit.spots.crossval import EncodedSpots, FrozenHead, left_out, open_spo
 from histokit.spots.kriging import (KrigingData, KrigingSettings, appearance_features, appearances, centred_places,
     krige_fold, place_features, similarity_features, with_places)
 from histokit.spots.lattice import neighbour_table, smooth
-from histokit.spots.settings import NetworkSettings, TrainingSettings, settings_from
+from histokit.spots.settings import NetworkSettings, TrainingSettings
 from histokit.spots.targets import TargetTransform
 
 

@@ -16,11 +16,11 @@ from scipy.stats import rankdata
 import numpy as np
 import pandas as pd
 
+from ..core.settings import within
 from ..core.text import BadInput
 from ..frozen.heads import principal_components
 from ..learn.scores import mean_spearman, row_ranks
 from .lattice import smoothing_matrix
-from .settings import within
 
 # %% ../../nbs/spots/kriging.ipynb #298e1c60
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,13 @@
 __all__ = ['write_error', 'make_dir', 'atomic', 'plain', 'write_text', 'write_json', 'read_json', 'write_table', 'save_figure',
            'cache_dir', 'sha256_of', 'file_sha256', 'file_fingerprint']
 
-# %% ../../nbs/core/files.ipynb #e4d4f525
+# %% ../../nbs/core/files.ipynb #6a090476
 import contextlib, errno, hashlib, json, os, tempfile
 from pathlib import Path
 
 import numpy as np
 
+from .stop import at_stop
 from .text import BadInput, one_line
 
 # %% ../../nbs/core/files.ipynb #a40ab783
@@ -35,7 +36,7 @@ def write_error(
     why = _WRITE_ERRORS.get(error.errno) or next(named, error.strerror or one_line(error))
     return BadInput(f"cannot write {path}: {why}, or choose another place")
 
-# %% ../../nbs/core/files.ipynb #9f77d7cc
+# %% ../../nbs/core/files.ipynb #79b2e3c2
 def make_dir(
     path,      # a folder, made with its parents
 )->Path:       # the same, existing
@@ -56,8 +57,9 @@ def atomic(
     make_dir(path.parent)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield tmp
-        os.replace(tmp, path)
+        with at_stop(lambda: tmp.unlink(missing_ok=True)):
+            yield tmp
+            os.replace(tmp, path)
     except OSError as e: raise write_error(path, e) from e
     finally: tmp.unlink(missing_ok=True)
 

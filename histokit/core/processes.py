@@ -6,14 +6,16 @@
 __all__ = ['PRELOADED', 'ready_processes', 'share_server', 'without_main', 'start_ready', 'Job', 'find_function', 'side_by_side',
            'call_ready']
 
-# %% ../../nbs/core/processes.ipynb #99975de9
+# %% ../../nbs/core/processes.ipynb #4d24f70e
 import contextlib, functools, importlib, multiprocessing, os, sys, types
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from .compute import KERNEL_ENVIRONMENT
+from .progress import listen
+from .stop import interrupts_held
 
-# %% ../../nbs/core/processes.ipynb #bff4deef
+# %% ../../nbs/core/processes.ipynb #24d25418
 PRELOADED = ("numpy", "pandas", "scipy.stats", "h5py", "matplotlib.pyplot", "torch", "torchvision", "timm",
     "ipykernel.kernelapp")
 
@@ -41,13 +43,14 @@ def without_main():
     finally: sys.modules["__main__"] = main
 
 def start_ready()->None:
-    "Let the process that everything is copied from begin its imports; whoever needs it later waits less."
+    "Let the process that everything is copied from begin its imports; neither it nor its copies hear Ctrl-C."
     for name, value in KERNEL_ENVIRONMENT.items(): os.environ.setdefault(name, value)
     if ready_processes() is None: return
-    from multiprocessing import forkserver
-    with without_main(): forkserver.ensure_running()
+    from multiprocessing import forkserver, resource_tracker
+    resource_tracker.ensure_running()                        # it opens the way for Ctrl-C when it starts
+    with without_main(), interrupts_held(): forkserver.ensure_running()
 
-# %% ../../nbs/core/processes.ipynb #a9e728eb
+# %% ../../nbs/core/processes.ipynb #49a5ac3e
 class Job(NamedTuple):
     "Work for a process of its own."
     function: str        # "module:name"; called with the arguments, and with `say` and `slot` where `talks`
@@ -67,7 +70,9 @@ def _work(pipe, job, slot, threads):
     job = Job(*job)
     try:
         if threads: _set_threads(threads)
-        more = dict(say=lambda line: pipe.send(("said", line)), slot=slot) if job.talks else {}
+        say = lambda line: pipe.send(("said", line))
+        if job.talks: listen(say)
+        more = dict(say=say, slot=slot) if job.talks else {}
         pipe.send(("gave", find_function(job.function)(*job.args, **more)))
     except Exception as e: pipe.send(("raised", e))
 
@@ -106,6 +111,7 @@ def side_by_side(
     context = ready_processes()
     if context is None: return [_here(job, say) for job in jobs]
     share_server()
+    start_ready()
     waiting, running, gave = list(enumerate(jobs)), {}, {}
     try:
         while waiting or running:

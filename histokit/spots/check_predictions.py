@@ -5,58 +5,47 @@
 # %% auto #0
 __all__ = ['check_predictions', 'check_smoothing', 'check_submission_file']
 
-# %% ../../nbs/spots/check_predictions.ipynb #d6b06db0
+# %% ../../nbs/spots/check_predictions.ipynb #8a335de7
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core.checks import attempt, error, located, note, warning
-from ..core.submission import check_submission, read_submission
+from ..core.submission import NO_Z_SCORES, Z_SCORES, check_submission, looks_standardised, read_submission
 from ..learn.scores import row_ranks
 
-# %% ../../nbs/spots/check_predictions.ipynb #25da1d83
+# %% ../../nbs/spots/check_predictions.ipynb #1da237c1
 def _variety_findings(values):
     "How many of the rows (n, T), and of their orders, differ."
     n, distinct = len(values), len(np.unique(values, axis=0))
     orders = len(np.unique(row_ranks(values), axis=0))
     if n == 1: return                    # one test spot is no constant
     if distinct == 1:
-        yield error("all spots have the same prediction",
+        yield warning("all spots have the same prediction",
             "does the model see the picture? Look at its input and at the loss")
     elif orders == 1:
-        yield error("all spots have the same order of targets: a constant, as far as the score sees",
+        yield warning("all spots have the same order of targets: a constant, as far as the score sees",
             "does the model see the picture?")
     elif n > 20 and distinct < .5 * n:
         yield warning(f"only {distinct} of {n} rows differ", "are patches, or features, repeated?")
     else: yield note(f"{distinct} of {n} rows differ, in {orders} orders of targets")
 
-def _flat_row_errors(values):
+def _flat_row_findings(values):
     "Rows without an order."
     flat = (np.ptp(values, axis=1) == 0).sum()
     if values.shape[1] > 1 and flat:
-        yield error(f"{flat} rows are constant: they have no order, and score 0", "look at the output layer")
+        yield warning(f"{flat} rows are constant: they have no order, and score 0", "look at the output layer")
 
-# %% ../../nbs/spots/check_predictions.ipynb #5eaf7334
-def _looks_standardised(values):
-    "Whether all columns (n, T) have a mean near zero and a common spread, as z-scores have."
-    if len(values) < 8 or values.shape[1] < 2: return False
-    mean, std = values.mean(0), values.std(0)
-    if not (std > 0).all(): return False
-    centred = (np.abs(mean) < .6 * std).mean() > .9 and np.abs(mean).mean() < .25
-    common = std.max() < 10 * np.median(std)
-    return bool(centred and common and .05 < np.median(std) < 2)
-
+# %% ../../nbs/spots/check_predictions.ipynb #95adc704
 def _scale_findings(values):
     "Values that abundances cannot have."
-    if _looks_standardised(values):
-        yield error("every column is centred at zero: z-scores", "invert the scaling (TargetTransform.inverse): "
-            "without it the order within a spot is another")
+    if looks_standardised(values): yield error(Z_SCORES, NO_Z_SCORES)
     elif (values < 0).any():
         yield warning(f"{(values < 0).mean():.0%} of the values are negative, which abundances are not",
             "only the order counts; but is this the scale of the file?")
 
-# %% ../../nbs/spots/check_predictions.ipynb #26d8ff12
+# %% ../../nbs/spots/check_predictions.ipynb #d87ebcef
 def check_predictions(
     values,              # (n, T) predicted abundances
     where: str = "predictions",
@@ -68,7 +57,7 @@ def check_predictions(
     if lost := (~np.isfinite(values)).any(1).sum():
         return [error(f"{lost} of {len(values)} rows hold values that are not finite",
             "predict a number for every spot and target", where)]
-    found = [*_variety_findings(values), *_flat_row_errors(values), *_scale_findings(values)]
+    found = [*_variety_findings(values), *_flat_row_findings(values), *_scale_findings(values)]
     return located(found, where)
 
 # %% ../../nbs/spots/check_predictions.ipynb #e97832ba
@@ -95,17 +84,15 @@ def check_smoothing(
         return [error("one slide's predictions change another's", "smooth each slide for itself", where)]
     return []
 
-# %% ../../nbs/spots/check_predictions.ipynb #65317145
+# %% ../../nbs/spots/check_predictions.ipynb #2f993593
 def check_submission_file(
     path,                # a CSV
     factory,             # DataFactory of the file it answers
 )->list:
-    "Everything wrong with a submission."
+    "Everything wrong with a submission: an error is what `check_submission` refuses, all else is a warning or a note."
     out, where = [], Path(path).name
     n = int(factory.spots.split.eq("Test").sum())
     table = attempt(out, where, read_submission, path)
     if table is None: return out
     attempt(out, where, check_submission, table, n, factory.targets, where)
-    targets = [c for c in factory.targets if c in table]
-    numeric = all(table[c].dtype.kind in "iuf" for c in targets)
-    return out + (check_predictions(table[targets].to_numpy(float), where) if targets and numeric else [])
+    return out or check_predictions(table[factory.targets].to_numpy(float), where)

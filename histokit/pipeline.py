@@ -8,25 +8,30 @@ __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_r
            'stage_key', 'first_key', 'Progress', 'check_asked', 'prepare_asked', 'run_pipeline', 'run_report',
            'demo_run']
 
-# %% ../nbs/06_pipeline.ipynb #1957ff0c
-import importlib, os, re, shutil, time
+# %% ../nbs/06_pipeline.ipynb #ddf527ee
+import contextlib, importlib, os, re, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
 
+from .core.checks import Finding, worst_first
 from .core.files import atomic, cache_dir, file_fingerprint, sha256_of
 from .core.notebooks import PARAMETER_TYPES, read_cells, run_notebook, stage_parameters
 from .core.processes import call_ready, start_ready
-from .core.runs import RunFolder, StageBook, assets, package_fingerprint, provenance, run_lock
+from .core.progress import Screen, duration
+from .core.runs import (RunFolder, StageBook, assets, earlier_seconds, package_fingerprint, provenance,
+    remove_unfinished, run_lock)
+from .core.stop import at_stop
 from .core.text import BadInput, choose, did_you_mean
 
-# %% ../nbs/06_pipeline.ipynb #00c72408
+# %% ../nbs/06_pipeline.ipynb #55098692
 @dataclass(frozen=True)
 class Stage:
     "A notebook of a task."
     name: str              # of the notebook
     settings: str = ""     # "module:class" of a dataclass with the stage's parameters, which checks itself; "" for none
+    reports: bool = False  # it only looks at what the others made: whatever it says, the run is done
 
 @dataclass(frozen=True)
 class Task:
@@ -51,7 +56,7 @@ TASKS = {t.name: t for t in [
         Stage("02_model", "histokit.spots.settings:NetworkSettings"),
         Stage("03_train", "histokit.spots.settings:TrainingSettings"),
         Stage("04_tta_smoothing", "histokit.spots.settings:PredictionSettings"),
-        Stage("05_debug_checks"))),
+        Stage("05_debug_checks", reports=True))),
 ]}
 STAGES = TASKS["spots"].names()
 
@@ -233,15 +238,20 @@ def first_key(
     parts = [data, package_fingerprint(), *(file_fingerprint(f) for f in files if f and Path(f).is_file())]
     return sha256_of(*parts)
 
-# %% ../nbs/06_pipeline.ipynb #ca88960a
+# %% ../nbs/06_pipeline.ipynb #d8b416c1
 @dataclass
 class Progress:
     "How a run goes on: which stages, again or not, and who is told."
     stages: tuple         # names, in order
     force: bool = False   # run stages again that are done
     show: object = print  # called with each line for the person waiting
+    earlier: dict = None  # stage -> seconds that it took before
 
     def label(self, stage)->str: return f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}"
+
+    def expected(self, stage)->float:
+        "Seconds that a stage took before; 0 where it is not known."
+        return (self.earlier or {}).get(stage, 0.)
 
 def check_asked(task: str, ask: dict)->None:
     "`check_values`, for a process of its own."
@@ -270,51 +280,76 @@ def run_pipeline(
     task, ask = recipe_task(given), absolute_paths(resolve(given, overrides))
     call_ready("histokit.pipeline:check_asked", task.name, dict(ask))
     run = RunFolder(Path(run_dir or ask.get("run_dir") or Path("runs")/file.stem).resolve())
-    with run_lock(run.path):
+    show = show if isinstance(show, Screen) else Screen(show)
+    with run_lock(run.path), at_stop(lambda: remove_unfinished(run.path)):
+        remove_unfinished(run.path)
         ready, need = call_ready("histokit.pipeline:prepare_asked", task.name, dict(ask), str(run.path))
         ask = Ask(ready)
         check_space(run.path, need)
-        _run_stages(run, task, ask, Progress(tuple(stages or task.names()), force, show), file.stem)
+        progress = Progress(tuple(stages or task.names()), force, show, earlier_seconds(run, file.stem))
+        _run_stages(run, task, ask, progress, file.stem)
     return run.path
 
 def _run_stages(run, task, ask, progress, name):
     "The stages in order, and the book of the run around them."
     data = file_fingerprint(ask.get("data_path"))
-    asked = dict(recipe=name, task=task.name, **ask.flat())
-    with atomic(run/"params.yaml") as tmp: tmp.write_text(yaml.safe_dump(asked, sort_keys=False))
-    key = first_key(ask, data)
+    about = dict(recipe=name, task=task.name)
+    with atomic(run/"params.yaml") as tmp: tmp.write_text(yaml.safe_dump(about | ask.flat(), sort_keys=False))
+    record = lambda: _record_run(run, about | dict(parameters=ask.flat(), data_sha256=data), progress.stages)
+    key, reports = first_key(ask, data), {s.name for s in task.stages if s.reports}
     for stage in progress.stages:
-        try: key = _run_stage(run, task, stage, ask[stage], key, progress)
-        except BadInput:
-            if stage == task.names()[-1]: progress.show(task.call("report", run))    # scores before objections
-            raise
+        if stage in reports: record()                        # what it looks at is there and is kept
+        with _objecting(stage in reports, progress): key = _run_stage(run, task, stage, ask[stage], key, progress)
+    record()
+
+@contextlib.contextmanager
+def _objecting(reports, progress):
+    "A stage that only reports cannot undo what the others made: that it failed is said, and the run goes on."
+    try: yield
+    except (BadInput, RuntimeError) as e:
+        if not reports: raise
+        progress.show(f"    {e}; the run is kept without it")
+
+def _record_run(run, about, stages):
+    "Write `run.json`: what was asked, what it took, and where the code came from."
     done = StageBook(run).read()
-    took = {s: dict(seconds=done[s].seconds, peak_mb=done[s].peak_mb) for s in progress.stages}
-    run.write_json("run.json", dict(recipe=name, task=task.name, parameters=ask.flat(), data_sha256=data, stages=took,
-        **provenance()))
+    took = {s: dict(seconds=done[s].seconds, peak_mb=done[s].peak_mb) for s in stages if s in done}
+    run.write_json("run.json", about | dict(stages=took) | provenance())
 
 def _run_stage(run, task, stage, params, before, progress):
     "Run one stage unless it is done; returns its key."
     book, key, label = StageBook(run), stage_key(stage, params, before), progress.label(stage)
-    if not progress.force and book.is_done(stage, key):
+    later = task.names()[task.names().index(stage):]
+    done = not progress.force and book.is_done(stage, key)
+    for name in [stage] if done else later: (run/f"{name}.failed.ipynb").unlink(missing_ok=True)
+    if done:
         progress.show(f"{label}: done before, unchanged")
         return key
-    progress.show(label)
-    later = task.names()[task.names().index(stage):]
+    expected = progress.expected(stage)
+    progress.show(label + (f", {duration(expected)} the last time" if expected >= 10 else ""))
     book.forget(later)
     start = time.time_ns()
-    took = run_notebook(assets("nbs")/f"{stage}.ipynb", run/f"{stage}.ipynb", params, progress.show)
+    took = run_notebook(assets("nbs")/f"{stage}.ipynb", run/f"{stage}.ipynb", params, progress.show, expected)
     book.add(stage, key, start, **took)
     progress.show(f"    {took['seconds']:.0f} s, {took['peak_mb']} MB")
     return key
 
-# %% ../nbs/06_pipeline.ipynb #fb530ccc
+# %% ../nbs/06_pipeline.ipynb #8f2e3633
 def run_report(
     run,             # folder of a finished run
 )->str:              # the ladders, and where things lie
-    "What a run has to say at its end."
+    "What a run has to say at its end: its scores, and what its checks object to."
     run = RunFolder(run)
-    return TASKS[run.parameters.get("task", "spots")].call("report", run)
+    report = TASKS[run.parameters.get("task", "spots")].call("report", run)
+    return "\n".join([report, *_objections(run)])
+
+def _objections(run, most=5):
+    "The errors and warnings that the run's checks found, a line each."
+    parts = run.json_or("checks.json", {}).get("parts", {})
+    found = worst_first([Finding(**f) for listed in parts.values() for f in listed if f["level"] != "note"])
+    if not found: return []
+    more = [f"and {len(found) - most} more in checks.json"] if len(found) > most else []
+    return ["", "The checks object, which undoes nothing:", *map(str, found[:most]), *more]
 
 def demo_run()->Path:
     "A finished run of the demo to show: `$HISTOKIT_DEMO_RUN`, `runs/demo` of the clone, or else a small one, made now."

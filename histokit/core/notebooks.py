@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PARAMETER_TYPES', 'STAGE_HEADING', 'NEWS', 'Parameter', 'read_cells', 'is_parameters', 'stage_parameters',
-           'names_used', 'exported_names', 'stage_cells', 'ready_kernel_manager', 'run_notebook']
+           'names_used', 'exported_names', 'stage_cells', 'ready_kernel_manager', 'shorten', 'run_notebook']
 
-# %% ../../nbs/core/notebooks.ipynb #9b27967e
+# %% ../../nbs/core/notebooks.ipynb #f5135725
 import ast, contextlib, functools, json, os, re, threading, time
 from pathlib import Path
 from typing import NamedTuple
 
 from .compute import KERNEL_ENVIRONMENT
 from .files import write_error
-from .processes import ready_processes, share_server, without_main
+from .processes import ready_processes, share_server, start_ready, without_main
+from .progress import Passing, duration, listen
 from .text import BadInput
 
 # %% ../../nbs/core/notebooks.ipynb #95c82ca4
@@ -45,7 +46,7 @@ def stage_parameters(
     found = re.findall(r"^(\w+)\s*:\s*(int|float|str|bool)\s*=\s*(.+?)\s*#\s*(.*)$", source, re.M)
     return {name: Parameter(kind, ast.literal_eval(value), about) for name, kind, value, about in found}
 
-# %% ../../nbs/core/notebooks.ipynb #2c6d6da4
+# %% ../../nbs/core/notebooks.ipynb #6e4b2de5
 STAGE_HEADING = "## The stage"
 
 def names_used(source: str)->set:
@@ -70,9 +71,16 @@ def _is_import(node):
     listed = isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["_all_"]
     return listed or isinstance(node, (ast.Import, ast.ImportFrom))
 
-def _only_imports(source):
+def _imports(source, used):
+    "The imports of a cell that bind a used name, one a line; none where the cell holds anything else."
     body = ast.parse(re.sub(r"(?m)^\s*[%!].*$", "", source)).body
-    return bool(body) and all(_is_import(node) for node in body)
+    if not all(_is_import(node) for node in body): return []
+    return [line for node in body if not isinstance(node, ast.Assign) for line in _needed_part(node, used)]
+
+def _needed_part(node, used):
+    "An import statement without the names that nobody uses; nothing where none is left."
+    node.names = [a for a in node.names if (a.asname or a.name.partition(".")[0]) in used]
+    return [ast.unparse(node)] if node.names else []
 
 def _module(cells):
     found = [re.search(r"#\| default_exp (\S+)", "".join(c["source"])) for c in cells]
@@ -88,19 +96,23 @@ def stage_cells(
     story, stage = cells[:start], cells[start:]
     title = [c for c in story if c["cell_type"] == "markdown"][:1]
     heading = next((i for i, t in enumerate(texts) if t.startswith("## ")), start)
-    imports = [c for c in story[:heading] if c["cell_type"] == "code" and _only_imports("".join(c["source"]))]
     given = [c for c in story if is_parameters(c)]
-    return [*title, *imports, *_from_package(story, stage, _module(cells)), *given, *stage]
+    return [*title, *_import_cell(cells, heading, stage), *given, *stage]
 
-def _from_package(story, stage, module):
-    "A cell that imports what the story exports and the stage uses."
+def _import_cell(cells, heading, stage):
+    "One cell with the imports before the heading that the stage uses, and what it uses of the page's own exports."
     used = set().union(*(names_used("".join(c["source"])) for c in stage if c["cell_type"] == "code"))
-    names = sorted(used & exported_names(story))
-    if not names or module is None: return []
-    source = f"from histokit.{module} import {', '.join(names)}"
-    return [dict(cell_type="code", id="exported", metadata={}, source=source, outputs=[], execution_count=None)]
+    before = ["".join(c["source"]) for c in cells[:heading] if c["cell_type"] == "code" and not is_parameters(c)]
+    lines = [line for source in before for line in _imports(source, used)]
+    module, own = _module(cells), sorted(used & exported_names(cells[:len(cells) - len(stage)]))
+    if own and module: lines.append(f"from histokit.{module} import {', '.join(own)}")
+    if not lines: return []
+    source = "\n".join(dict.fromkeys(lines))
+    return [dict(cell_type="code", id="imports", metadata={}, source=source, outputs=[], execution_count=None)]
 
-# %% ../../nbs/core/notebooks.ipynb #c10b5f54
+# %% ../../nbs/core/notebooks.ipynb #b1ab2f3b
+_MARK = "… "                        # before a line that passes, on its way out of the kernel
+
 def _show_figures():
     "What matplotlib asks the environment when it is imported, asked again."
     import matplotlib
@@ -110,6 +122,7 @@ def _show_figures():
 def _become_kernel(arguments, folder, environment):
     "Turn this process into a Jupyter kernel."
     share_server()
+    listen(lambda line: print(_MARK + line, flush=True))
     os.chdir(folder)
     os.environ.update(environment)
     _show_figures()
@@ -137,6 +150,7 @@ def ready_kernel_manager():          # a class for nbclient's `kernel_manager_cl
     from histokit.core.notebooks import _become_kernel as target      # by its place, so that it can be sent
     context = ready_processes()
     if context is None: return None
+    start_ready()
     from jupyter_client import AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
 
@@ -159,7 +173,7 @@ def ready_kernel_manager():          # a class for nbclient's `kernel_manager_cl
 
     return ReadyKernelManager
 
-# %% ../../nbs/core/notebooks.ipynb #b75680e8
+# %% ../../nbs/core/notebooks.ipynb #44bc6324
 NEWS = re.compile(r"(fold|slide) \S+  |random split  ")     # how a line begins that is shown while a stage runs
 
 class _Echo:
@@ -168,8 +182,33 @@ class _Echo:
     def write(self, text):
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
+            if line.startswith(_MARK): self.show(Passing(line.removeprefix(_MARK)))
             if NEWS.match(line): self.show("    " + line)
     def flush(self): pass
+
+class _Heartbeat(threading.Thread):
+    "Says how long a stage has worked, and how long it may still take, where it says nothing itself."
+    silence = 5.
+    def __init__(self, show, expected):
+        super().__init__(daemon=True)
+        self.shown, self.expected, self.stop = show, expected, threading.Event()
+        self.start_time = self.last = time.monotonic()
+    def show(self, line):
+        self.last = time.monotonic()
+        self.shown(line)
+    def run(self):
+        while not self.stop.wait(1.):
+            if time.monotonic() - self.last >= self.silence: self.show(Passing(self.line()))
+    def line(self):
+        worked = time.monotonic() - self.start_time
+        rest = f", about {duration(self.expected - worked)} left" if self.expected > worked else ""
+        return f"at work for {duration(worked)}{rest}"
+    def __enter__(self):
+        self.start()
+        return self
+    def __exit__(self, *error):
+        self.stop.set()
+        self.join()
 
 class _PeakMemory(threading.Thread):
     "Samples the memory of this process's children."
@@ -211,10 +250,38 @@ def _execute(notebook, tmp, params, cwd, show):
             cwd=str(cwd), stdout_file=_Echo(show), extra_arguments=["--IPKernelApp.log_level=50"], **more)
     finally: source.unlink(missing_ok=True)
 
+def _without_passing(output):
+    "An output of a cell without the lines that pass; None where nothing is left."
+    if output.get("output_type") != "stream": return output
+    lines = "".join(output["text"]).splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(_MARK)]
+    return output | dict(text=kept) if kept else None
+
+def shorten(
+    cells,                # of an executed stage
+)->list:
+    "The cells as they are kept: defaults that others replaced left out, what comes before the stage folded."
+    given = any("injected-parameters" in c["metadata"].get("tags", []) for c in cells)
+    kept = [c for c in cells if not (given and is_parameters(c))]
+    first = next((i for i, c in enumerate(kept) if "".join(c["source"]).startswith(STAGE_HEADING)), 0)
+    for c in kept[:first]:
+        if c["cell_type"] == "code": c["metadata"]["jupyter"] = dict(source_hidden=True)
+    for c in kept:
+        if c["cell_type"] == "code": c["outputs"] = [o for o in map(_without_passing, c["outputs"]) if o]
+    return kept
+
+def _keep(tmp, out):
+    "The executed notebook under its own name."
+    nb = json.loads(tmp.read_text(encoding="utf-8"))
+    nb["cells"] = shorten(nb["cells"])
+    tmp.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(tmp, out)
+
 def run_notebook(
     notebook, out,        # paths: what to run, and where the executed copy goes
     params: dict,         # values for its parameters cell
-    show=print,           # called with each line for the person waiting
+    show=print,           # called with each line for the person waiting; those that pass are `Passing`
+    expected: float = 0,  # seconds that it took before; 0 = not known
 )->dict:                  # seconds and peak_mb
     "Execute a page's stage with parameters; `BadInput` when it stops on bad input, `RuntimeError` when it fails."
     import papermill
@@ -224,8 +291,9 @@ def run_notebook(
     tmp = out.with_name(f".{out.stem}.tmp.ipynb")
     failed = out.with_name(f"{out.stem}.failed.ipynb")
     try:
-        with _PeakMemory() as memory: _execute(notebook, tmp, params, out.parent, show)
-        os.replace(tmp, out)
+        with _PeakMemory() as memory, _Heartbeat(show, expected) as heart:
+            _execute(notebook, tmp, params, out.parent, heart.show)
+        _keep(tmp, out)
         failed.unlink(missing_ok=True)
     except (papermill.PapermillExecutionError, DeadKernelError) as e:
         if tmp.exists(): os.replace(tmp, failed)

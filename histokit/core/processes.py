@@ -6,13 +6,13 @@
 __all__ = ['PRELOADED', 'ready_processes', 'share_server', 'without_main', 'start_ready', 'Job', 'find_function', 'side_by_side',
            'call_ready']
 
-# %% ../../nbs/core/processes.ipynb #4d24f70e
+# %% ../../nbs/core/processes.ipynb #3fbc80dd
 import contextlib, functools, importlib, multiprocessing, os, sys, types
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
 from .compute import KERNEL_ENVIRONMENT
-from .progress import listen
+from .progress import Passing, announce, listen
 from .stop import interrupts_held
 
 # %% ../../nbs/core/processes.ipynb #24d25418
@@ -50,7 +50,7 @@ def start_ready()->None:
     resource_tracker.ensure_running()                        # it opens the way for Ctrl-C when it starts
     with without_main(), interrupts_held(): forkserver.ensure_running()
 
-# %% ../../nbs/core/processes.ipynb #49a5ac3e
+# %% ../../nbs/core/processes.ipynb #0b57af5c
 class Job(NamedTuple):
     "Work for a process of its own."
     function: str        # "module:name"; called with the arguments, and with `say` and `slot` where `talks`
@@ -129,7 +129,7 @@ def _listen(running, gave, say):
     ready = wait([r.pipe for r in running.values()])
     for i in [i for i, r in running.items() if r.pipe in ready]:
         kind, value = running[i].hear()
-        if kind == "said": say(value)
+        if kind == "said": (announce if isinstance(value, Passing) else say)(value)
         if kind == "raised": raise value
         if kind == "gave":
             gave[i] = value

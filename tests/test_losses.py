@@ -80,13 +80,15 @@ def test_everything_masked_is_nothing(text):
     if "mse" not in text and "huber" not in text: assert slope(Loss(text, masked=True), pred, one)[0] == 0
 
 
-CLASSED = ["cross_entropy", "cross_entropy(class_weight=[1,2,5,1,1,1,1,1,3])", "cross_entropy(smoothing=0.2)"]
-FOUND = ["bce", "bce(class_weight=[1,2,5,1,1,1,1,1,3])", "bce(positive_weight=[1,2,5,1,1,1,1,1,3])"]
+CLASSED = ["cross_entropy", "cross_entropy(class_weight=[1,2,5,1,1,1,1,1,3])", "cross_entropy(smoothing=0.2)",
+    "focal", "focal(gamma=1.5,class_weight=[1,2,5,1,1,1,1,1,3],smoothing=0.1)"]
+FOUND = ["bce", "bce(class_weight=[1,2,5,1,1,1,1,1,3])", "bce(positive_weight=[1,2,5,1,1,1,1,1,3])",
+    "bce(smoothing=0.1,gamma=2)"]
 
 def case(text, gaps=False):
     "A loss with predictions and targets for it, and perhaps gaps in them."
     pred, target = pair()
-    if "cross" in text: target = target.argmax(1)
+    if text in CLASSED: target = target.argmax(1)
     if "bce" in text: target = (target > 0).double()
     absent = torch.rand(target.shape) < .3
     if gaps: target[absent] = torch.nan if target.is_floating_point() else -1

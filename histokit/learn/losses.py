@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'mse', 'huber', 'row_correlation', 'pearson_rows', 'pick_engine', 'soft_ranks', 'soft_spearman',
-           'pairwise_rank', 'cross_entropy', 'bce', 'class_weights', 'positive_weights', 'Loss']
+           'pairwise_rank', 'cross_entropy', 'bce', 'focal', 'class_weights', 'positive_weights', 'Loss']
 
 # %% ../../nbs/learn/losses.ipynb #1a72ea8e
 import importlib.util, re
@@ -219,17 +219,29 @@ def _class_counts(target, mask=None, class_weight=None):
     if mask is None: return counts
     return counts.where(mask if mask.ndim == 1 else mask.all(1), 0)
 
-# %% ../../nbs/learn/losses.ipynb #fc86dced
+# %% ../../nbs/learn/losses.ipynb #695c6a99
+def _check_focus(smoothing, gamma):
+    "`BadInput` for settings of a loss over classes that mean nothing."
+    if not 0 <= smoothing < 1: raise BadInput(f"smoothing={smoothing}: give a share from 0 up to, not including, 1")
+    if not gamma >= 0: raise BadInput(f"gamma={gamma}: give 0 for no focus, or a number above it; 2 is usual")
+
+def _focused(each, right, gamma):
+    "Losses times the power of what is missing to certainty about the truth."
+    return each * (1 - right).clamp_min(1e-6) ** gamma if gamma else each
+
+# %% ../../nbs/learn/losses.ipynb #ec531d5b
 def cross_entropy(
     pred,                  # (B, K) before the softmax
     target,                # (B,) whole class numbers from 0, or (B, K) probabilities
     class_weight = None,   # (K,) what each class counts; None = all the same
     smoothing: float = 0., # this share of each target is spread over all classes
     *,
+    gamma: float = 0.,     # of the focal loss; 0 = none
     mask = None,           # like the target, bool: what was measured
     weight = None,         # (B,) what each row counts
 ):                         # scalar
-    "Cross-entropy of one class of several; the mean is over the weights, as in torch."
+    "Cross-entropy of one class of several, focal where asked (Lin 2017); the mean is over the weights, as in torch."
+    _check_focus(smoothing, gamma)
     if mask is not None: target = target.where(mask, 0)
     _check_classes(pred, target)
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
@@ -238,24 +250,35 @@ def cross_entropy(
     counts = _class_counts(target, mask, class_weight)
     if vector is not None: vector = vector.to(logits)
     each = F.cross_entropy(logits, target, vector, reduction="none", label_smoothing=smoothing)
+    if gamma: each = _focused(each, _probability(logits, target), gamma)
     return _weighted_mean(each.where(counts > 0, 0), counts, weight)
 
-# %% ../../nbs/learn/losses.ipynb #f2b24ef0
+def _probability(logits, target):
+    "(B,) what the softmax gives to the truth."
+    share = logits.softmax(1)
+    return share.gather(1, target[:, None])[:, 0] if target.ndim == 1 else (share * target).sum(1)
+
+# %% ../../nbs/learn/losses.ipynb #33a5a924
 def bce(
     pred,                   # (B, K) before the sigmoid
     target,                 # (B, K) 0 or 1, or probabilities
     class_weight = None,    # (K,) what each column counts; None = all the same
     positive_weight = None, # (K,) what a 1 counts beside a 0
     *,
+    smoothing: float = 0.,  # half of this share of each target goes to the other answer
+    gamma: float = 0.,      # of the focal loss; 0 = none
     mask = None,            # (B, K) bool: what was measured
     weight = None,          # (B,) what each row counts
 ):                          # scalar
-    "Binary cross-entropy of several findings."
+    "Binary cross-entropy of several findings, focal where asked (Lin 2017)."
+    _check_focus(smoothing, gamma)
     pred, target, mask = _tables(pred, target, mask)
     columns = _class_vector(class_weight, "class_weight", pred.shape[1])
     positive = _class_vector(positive_weight, "positive_weight", pred.shape[1])
     if positive is not None: positive = positive.to(pred)
-    each = F.binary_cross_entropy_with_logits(pred, target, reduction="none", pos_weight=positive)
+    softer = target * (1 - smoothing) + smoothing / 2
+    each = F.binary_cross_entropy_with_logits(pred, softer, reduction="none", pos_weight=positive)
+    each = _focused(each, 1 - (pred.sigmoid() - target).abs(), gamma)
     if columns is not None: each = each * columns.to(pred)
     if mask is not None: each = each * mask
     return _weighted_mean(each.sum(1), _finding_counts(target, mask, class_weight), weight)
@@ -266,6 +289,23 @@ def _finding_counts(target, mask, class_weight=None):
     if vector is None: return _entry_counts(target, mask)
     columns = vector.to(target.device).expand(target.shape)
     return (columns if mask is None else columns * mask).sum(1)
+
+# %% ../../nbs/learn/losses.ipynb #3c43a5c1
+def focal(
+    pred,                   # (B, K) before the softmax or the sigmoid
+    target,                 # (B,) whole class numbers, or (B, K) 0 or 1
+    gamma: float = 2.,      # how far what is right already is kept down
+    **options,              # class_weight, smoothing, mask and weight of both; positive_weight of `bce`
+):                          # scalar
+    "The focal loss (Lin et al. 2017) of one class of several, or of several findings."
+    several = target.ndim > 1
+    if not several and options.pop("positive_weight", None) is not None:
+        raise BadInput("focal: class numbers have no positive_weight; give class_weight, a number for each class")
+    return (bce if several else cross_entropy)(pred, target, gamma=gamma, **options)
+
+def _focal_counts(target, mask=None, class_weight=None):
+    "What each row counts, (B,), by the kind of target."
+    return (_finding_counts if target.ndim > 1 else _class_counts)(target, mask, class_weight)
 
 # %% ../../nbs/learn/losses.ipynb #3f6622a1
 def class_weights(
@@ -286,11 +326,12 @@ def positive_weights(
     if with_it.min(): return ((target == 0).sum(0) / with_it).tolist()
     raise BadInput(f"column {int(with_it.argmin())} has no positive row, so it can have no weight; leave it out")
 
-# %% ../../nbs/learn/losses.ipynb #74618003
+# %% ../../nbs/learn/losses.ipynb #867e3fe5
 LOSSES = dict(mse=mse, huber=huber, soft_spearman=soft_spearman, pearson_rows=pearson_rows, pairwise_rank=pairwise_rank,
-    cross_entropy=cross_entropy, bce=bce)
+    cross_entropy=cross_entropy, bce=bce, focal=focal)
 _OPTIONS = dict(huber=("delta",), soft_spearman=("strength", "engine"), pairwise_rank=("strength",),
-    cross_entropy=("class_weight", "smoothing"), bce=("class_weight", "positive_weight"))
+    cross_entropy=("class_weight", "smoothing", "gamma"), bce=("class_weight", "positive_weight", "smoothing", "gamma"),
+    focal=("class_weight", "positive_weight", "smoothing", "gamma"))
 _TERM = re.compile(r"\s*(?:([\d.]+(?:e-?\d+)?)\s*\*)?\s*(\w+)\s*(?:\(([^()]*)\))?\s*")      # weight * name (options)
 
 def _parse_term(text):
@@ -329,9 +370,9 @@ def _measured(target, mask, masked):
     found = f"{int(absent.sum())} of {absent.numel()} targets are {what}"
     raise BadInput(f"{found}; where that means not measured, use Loss(..., masked=True)")
 
-# %% ../../nbs/learn/losses.ipynb #05ec7c96
+# %% ../../nbs/learn/losses.ipynb #8b544a91
 _COUNTS = dict(mse=_entry_counts, huber=_entry_counts, soft_spearman=_ordered_rows, pearson_rows=_ordered_rows,
-    pairwise_rank=_pair_counts, cross_entropy=_class_counts, bce=_finding_counts)
+    pairwise_rank=_pair_counts, cross_entropy=_class_counts, bce=_finding_counts, focal=_focal_counts)
 
 def _share(part, whole):
     "The part over the whole; 0 where the whole is 0."
@@ -339,7 +380,7 @@ def _share(part, whole):
 
 def _is_even(name, options)->bool:
     "Whether every row counts the same in a loss, whatever its target."
-    return name != "pairwise_rank" and not (name == "cross_entropy" and options.get("class_weight"))
+    return name != "pairwise_rank" and not (name in ("cross_entropy", "focal") and options.get("class_weight"))
 
 def _term_weight(term, target, mask, weight):
     "What a term averages over in some rows: entries, rows, ordered pairs, or the weights of classes."

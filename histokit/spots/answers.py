@@ -202,21 +202,39 @@ def hidden_ladder(
     if models: rungs["+ ensemble of folds"] = answers.ensemble
     return spot_ladder(rungs, truth, test.slide, slide_blocks(test))
 
-# %% ../../nbs/spots/answers.ipynb #8cfa106d
+# %% ../../nbs/spots/answers.ipynb #1cdbbc8f
 def show_steps(
     folds: FoldAnswers,
-    rungs: dict,         # from `out_of_fold`
+    rungs: dict,                   # from `out_of_fold`
+    answers: TestAnswers = None,   # with them, the first test slide too
     n_slides: int = 2,
-):                       # matplotlib Figure
+):                                 # matplotlib Figure
     "The type whose rank varies most, in truth and after each step, on slides that the model did not train on."
     t = int(row_ranks(folds.Y).std(0).argmax())
-    shown = folds.train.slide.isin(folds.factory.names("Train")[:n_slides]).to_numpy()
-    maps = {"truth": folds.Y} | rungs
-    fig = show_maps(folds.train[shown].reset_index(drop=True), {n: row_ranks(v)[shown, t] for n, v in maps.items()})
-    fig.suptitle(f"Rank of {folds.factory.cell_types[t]} in the spot, on slides the model did not train on", fontsize=9)
+    train, maps = folds.train, {"truth": folds.Y} | rungs
+    parts = [(train, maps, name) for name in folds.factory.names("Train")[:n_slides]]
+    if answers is not None and answers.by_fold:
+        parts.append((folds.test, _test_steps(answers, maps), folds.test.slide.iloc[0]))
+    tables, values = zip(*(_ranks_of_type(*part, t) for part in parts))
+    named = {n: np.concatenate([v[n] for v in values]) for n in maps}
+    spots, name = pd.concat(tables, ignore_index=True), folds.factory.cell_types[t]
+    fig = show_maps(folds.factory, spots, named, f"rank of {name} in the spot (1 = least)")
+    fig.suptitle(f"{name} on slides that the model did not train on: truth, and each step of the model", fontsize=9)
     return fig
 
-# %% ../../nbs/spots/answers.ipynb #92b91f3c
+def _test_steps(answers, names):
+    "The test spots' answers after each step, the folds' mean; the truth is not known."
+    each = list(answers.by_fold.values())
+    steps = [np.mean([a[0] for a in each], 0), np.mean([a.mean(0) for a in each], 0), answers.ensemble]
+    return dict(zip(names, [np.full(answers.ensemble.shape, np.nan), *steps]))
+
+def _ranks_of_type(table, maps, slide, t):
+    "The rows of a slide, and there each map's rank (n,) of type t within the spot."
+    here = table.slide.eq(slide).to_numpy()
+    ranks = {n: v[here, t] if np.isnan(v).any() else row_ranks(v[here])[:, t] for n, v in maps.items()}
+    return table.loc[here, ["slide", "x", "y"]], ranks
+
+# %% ../../nbs/spots/answers.ipynb #c33bb2f6
 @dataclass
 class Prediction:
     "What the prediction stage found."
@@ -225,6 +243,7 @@ class Prediction:
     oof: pd.DataFrame                # ladder of the training spots
     test: pd.DataFrame = None        # ladder of the test spots, where their truth is known
     summary: str = ""                # one line
+    answers: TestAnswers = None      # for the test spots
 
 def open_answers(
     run: RunFolder, data_path: str,
@@ -253,4 +272,4 @@ def run_prediction(
     run.write_json("metrics.json", dict(oof=oof.to_dict("records"), widths=widths, views=settings.views,
         random_split=flattery, test=None if hidden is None else hidden.to_dict("records")))
     said = f"{len(folds.test)} rows by {len(answers.by_fold)} models, smoothed over {answers.width:g} pitches"
-    return Prediction(folds, rungs, oof, hidden, said)
+    return Prediction(folds, rungs, oof, hidden, said, answers)

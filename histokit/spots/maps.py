@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['show_slides', 'rank_map', 'show_targets', 'show_maps']
 
-# %% ../../nbs/spots/maps.ipynb #bdb70757
+# %% ../../nbs/spots/maps.ipynb #6e8b7855
 import numpy as np
 
 from ..learn.scores import row_ranks
+from .cards import draw_spots, thumbnail
 
-# %% ../../nbs/spots/maps.ipynb #c45627c2
+# %% ../../nbs/spots/maps.ipynb #4198b727
 _BARS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)      # micrometres
 
 def _scale_bar(ax, info):
@@ -23,19 +24,37 @@ def _scale_bar(ax, info):
     text = f"{um / 1000:g} mm" if um >= 1000 else f"{um} µm"
     ax.text(px + .02 * info.width, y, text, va="center", fontsize=8)
 
-def _draw_slide(ax, factory, name):
-    "The picture of a slide in its own pixels, thinned out."
+def _short(text, most=30):
+    "A name that fits a panel: where it is too long, its middle is left out."
+    return text if len(text) <= most else f"{text[:most // 2]}…{text[-(most // 2 - 1):]}"
+
+def _draw_tissue(ax, picture, info, alpha=1.):
+    "A small picture of a slide, on axes in the slide's own pixels."
+    ax.imshow(picture, extent=(-.5, info.width - .5, info.height - .5, -.5), alpha=alpha)
+    ax.set(xticks=[], yticks=[])
+
+def _draw_slide(ax, factory, name, more=""):
+    "A slide with its name, what is to be known of its spots, and its scale."
     info = factory.slides[name]
-    step = max(info.width // 400, 1)
-    extent = -.5, info.width - .5, info.height - .5, -.5
-    ax.imshow(factory.read_slide(name)[::step, ::step], extent=extent)
-    ax.set_title(f"{name} ({info.split.lower()}, {info.n_spots} spot{'' if info.n_spots == 1 else 's'})", fontsize=8)
+    _draw_tissue(ax, thumbnail(factory, name, 400, dots=False), info)
+    count = f"{info.split.lower()}, {info.n_spots} spot{'' if info.n_spots == 1 else 's'}"
+    ax.set_title(f"{_short(name)}\n{count}{more}", fontsize=8)
     _scale_bar(ax, info)
+
+def _draw_values(ax, xy, values, size, limits):
+    "Spots coloured by their values, grey where there is none; gives the collection for a colour bar."
+    known, style = np.isfinite(values), dict(lw=0, cmap="magma", clim=limits)
+    if not known.all(): draw_spots(ax, xy[~known], .6 * size, facecolors=".45", lw=0)
+    return draw_spots(ax, xy[known], size, array=values[known], **style)
+
+def _spot_px(info):
+    "Pixels that a spot is drawn wide: nearly as wide as spots lie apart."
+    return .9 * info.pitch_px if np.isfinite(info.pitch_px) else max(info.width, info.height) / 60
 
 def show_slides(
     factory,              # DataFactory
     names=None,           # slides; None = all
-    color=None,           # (n,) values in the order of factory.spots, nan = not drawn; None = plain dots
+    color=None,           # (n,) values in the order of factory.spots, nan = grey; None = plain dots
     label: str = "",      # what the colours mean
     size: float = 2.4,    # inches a panel
 ):                        # matplotlib Figure
@@ -44,17 +63,32 @@ def show_slides(
     names = names or factory.names()
     cols = min(len(names), 5)
     rows = -(-len(names) // cols)
-    fig, axes = plt.subplots(rows, cols, figsize=(size * cols, size * rows + .3), layout="constrained", squeeze=False)
-    style = dict(c="k", s=2)
-    if color is not None: style = dict(s=16, cmap="magma", vmin=np.nanmin(color), vmax=np.nanmax(color))
+    figsize = size * cols + .8 * (color is not None), size * rows + .5
+    fig, axes = plt.subplots(rows, cols, figsize=figsize, layout="compressed", squeeze=False)
     for ax in axes.flat: ax.set_axis_off()
     for ax, name in zip(axes.flat, names):
-        _draw_slide(ax, factory, name)
         here = factory.spots.slide.eq(name).to_numpy()
-        if color is not None: style["c"] = np.asarray(color)[here]
-        dots = ax.scatter(*factory.spots.loc[here, ["x", "y"]].to_numpy().T, lw=0, **style)
+        xy = factory.spots.loc[here, ["x", "y"]].to_numpy(float)
+        if color is None: _draw_dots(ax, factory, name, xy)
+        else: dots = _draw_colours(ax, factory, name, xy, np.asarray(color, float)[here], _limits(color))
     if color is not None: _colour_bar(fig, dots, axes, label)
     return fig
+
+def _limits(values):
+    "Least and largest of some values, for a colour scale; 0 and 1 where none is known."
+    values = np.asarray(values, float)
+    known = values[np.isfinite(values)]
+    return (known.min(), known.max()) if len(known) else (0, 1)
+
+def _draw_dots(ax, factory, name, xy):
+    "A slide with a dot at each spot."
+    _draw_slide(ax, factory, name)
+    ax.scatter(*xy.T, c="k", s=2, lw=0)
+
+def _draw_colours(ax, factory, name, xy, values, limits):
+    "A slide with its spots coloured."
+    _draw_slide(ax, factory, name, "" if np.isfinite(values).all() else ", grey: not known")
+    return _draw_values(ax, xy, values, _spot_px(factory.slides[name]), limits)
 
 def _colour_bar(fig, dots, ax, label=""):
     "What the colours of the dots stand for."
@@ -74,7 +108,7 @@ def rank_map(
     out[train] = ranks[:, t]
     return out, t
 
-# %% ../../nbs/spots/maps.ipynb #d9503845
+# %% ../../nbs/spots/maps.ipynb #3e8512b5
 def show_targets(
     values,               # (n, T) abundances; nan = not measured
     names,                # (T,) the targets
@@ -85,36 +119,57 @@ def show_targets(
     order = np.argsort(-np.nanmedian(values, 0))
     quantiles = np.nanquantile(np.maximum(values, 1e-12), [.05, .25, .5, .75, .95], axis=0)
     low, left, middle, right, high = quantiles[:, order]
-    size, i = (max(8, .18 * len(order)), 4), np.arange(len(order))
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=size, sharex=True, layout="constrained")
-    top.vlines(i, low, high, color=".7")
-    top.vlines(i, left, right, color="C0", lw=4)
-    top.plot(i, middle, "w_", ms=4)
-    top.set(yscale="log", ylabel="abundance")
-    top.set_title("Targets are skewed over many orders of magnitude (5-95 %, 25-75 %)", fontsize=9)
-    bottom.bar(i, np.nanmean(row_ranks(values), 0)[order], color="C1")
-    bottom.set_ylabel("mean rank in the spot")
-    bottom.set_xticks(i, [names[j] for j in order], rotation=90, fontsize=8)
+    y, figsize = np.arange(len(order)), (7, .18 * len(order) + 1.1)
+    fig, (spread, rank) = plt.subplots(1, 2, figsize=figsize, sharey=True, layout="constrained", width_ratios=(3, 2))
+    spread.hlines(y, low, high, color=".7", label="90 % of the spots")
+    spread.hlines(y, left, right, color="C0", lw=4, label="half of the spots")
+    spread.plot(middle, y, "k|", ms=6, label="median")
+    spread.set(xscale="log", ylim=(len(order) - .5, -.5))
+    spread.minorticks_off()
+    spread.set_yticks(y, [_short(str(names[j])) for j in order], fontsize=8)
+    rank.barh(y, np.nanmean(row_ranks(values), 0)[order], color="C1")
+    _say(spread, "Amounts in the training spots", "abundance (logarithmic)")
+    _say(rank, "Mean rank in the spot", f"rank (1 = least, {len(order)} = most)")
+    fig.legend(*spread.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3)
     return fig
 
-# %% ../../nbs/spots/maps.ipynb #96392535
+def _say(ax, title, what):
+    "A title, and what the horizontal axis shows."
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel(what, fontsize=8)
+    ax.tick_params(axis="x", labelsize=8)
+
+# %% ../../nbs/spots/maps.ipynb #d78af420
 def show_maps(
+    factory,                # DataFactory
     spots,                  # table with slide, x, y of one or more slides
-    maps: dict,             # title -> (n,) values
-    size: float = 2.4,      # inches a panel
+    maps: dict,             # title -> (n,) values; nan = not known
+    label: str = "",        # what all maps show; "" = each has its own unit, said by its title
+    size: float = 2.2,      # inches a panel
 ):                          # matplotlib Figure
-    "Values on the slide, side by side, each on its own colour scale: the pattern is what is compared."
+    "Values on the tissue, side by side, a row for each slide."
     import matplotlib.pyplot as plt
-    slides = list(spots.slide.unique())
-    figsize = size * len(maps) + .3, size * len(slides) + .2
-    fig, axes = plt.subplots(len(slides), len(maps), figsize=figsize, layout="constrained", squeeze=False)
+    slides, spare = list(spots.slide.unique()), .8 if label else .7 * len(maps)
+    figsize = size * len(maps) + spare, size * len(slides) + .5
+    fig, axes = plt.subplots(len(slides), len(maps), figsize=figsize, layout="compressed", squeeze=False)
+    together = _limits(np.concatenate([*maps.values()])) if label else None
     for row, slide in zip(axes, slides):
         here = spots.slide.eq(slide).to_numpy()
-        for ax, (title, values) in zip(row, maps.items()):
-            colours = np.asarray(values)[here]
-            dots = ax.scatter(spots.x[here], spots.y[here], c=colours, s=8, lw=0, cmap="magma")
-            ax.invert_yaxis()
-            ax.set(aspect="equal", xticks=[], yticks=[])
-            ax.set_title(f"{slide}: {title}", fontsize=8)
-            _colour_bar(fig, dots, ax)
+        each = {title: np.asarray(values, float)[here] for title, values in maps.items()}
+        drawn = _draw_row(row, factory, slide, spots.loc[here, ["x", "y"]].to_numpy(float), each, together)
+        if label: continue
+        for ax, own in zip(row, drawn): _colour_bar(fig, own, ax)
+    for ax, title in zip(axes[0], maps): ax.set_title(title, fontsize=8)
+    if label: _colour_bar(fig, drawn[0], axes, label)
     return fig
+
+def _draw_row(axes, factory, slide, xy, maps, limits):
+    "One slide's maps; gives the collections for the colour bars."
+    info, picture = factory.slides[slide], thumbnail(factory, slide, 300, dots=False)
+    axes[0].set_ylabel(f"{_short(slide)} ({info.split.lower()})", fontsize=8)
+    drawn = []
+    for ax, values in zip(axes, maps.values()):
+        _draw_tissue(ax, picture, info, alpha=.4)
+        drawn.append(_draw_values(ax, xy, values, _spot_px(info), limits or _limits(values)))
+        if not np.isfinite(values).any(): ax.set_xlabel("grey: not known", fontsize=8)
+    return drawn

@@ -6,11 +6,12 @@
 __all__ = ['SCHEDULERS', 'TrainSettings', 'EpochMetrics', 'LearningRates', 'MicroBatches', 'be_deterministic', 'Trainer',
            'show_history']
 
-# %% ../../nbs/learn/trainer.ipynb #3af6aef6
+# %% ../../nbs/learn/trainer.ipynb #28e6b70f
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import contextlib, json, math, os, pickle, sys, time
 
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 import numpy as np
@@ -19,7 +20,7 @@ import timm.layers
 import torch
 
 from ..core.compute import pick_device
-from ..core.files import atomic, plain, sha256_of, write_table
+from ..core.files import atomic, file_sha256, plain, read_json, sha256_of, write_json, write_table
 from ..core.text import BadInput, choose
 from .batches import (
     SAMPLERS, Batches, batch_rows, checked_weights, predict, sampling_weights, seed_step, to_device)
@@ -303,7 +304,7 @@ class _Step(_Gradients):
         what = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
         raise BadInput(f"{what} in batch {self.batch + 1} of epoch {self.epoch + 1}: {where}; {mend}")
 
-# %% ../../nbs/learn/trainer.ipynb #c2a9966d
+# %% ../../nbs/learn/trainer.ipynb #41a3114d
 def _fingerprint(*datasets)->str:
     "Changes when a dataset does, as far as its length, its own description, its targets and its weights show."
     parts = []
@@ -335,7 +336,19 @@ def _read_state(
     if state.get("settings") == settings: return state
     log(f"{file} {wrong or 'is of other settings or data'}: starting afresh")
 
-# %% ../../nbs/learn/trainer.ipynb #f4037548
+_FINISHED, _MODEL = "finished.json", "model.safetensors"
+
+def _finished_state(
+    folder,         # of a trainer
+    settings: str,  # as for `_read_state`
+):                  # dictionary, or None
+    "What `Trainer.finish` left of the same settings, where the model that was saved then is still there."
+    if not (folder/_FINISHED).exists() or not (folder/_MODEL).exists(): return None
+    found = read_json(folder/_FINISHED)
+    if found.get("settings") != settings or found.get("model_sha256") != file_sha256(folder/_MODEL): return None
+    return found | dict(best_state=load_file(folder/_MODEL))
+
+# %% ../../nbs/learn/trainer.ipynb #5eb20015
 class _State(_Step):
     "What a trainer writes down, and how it goes on."
     _COUNTS = ("epoch", "batch", "step", "total", "rows", "history", "best", "best_state")   # batch: of this epoch
@@ -366,14 +379,30 @@ class _State(_Step):
         if self.history: write_table(self.folder/"history.csv", pd.DataFrame(self.history))
         with atomic(self.folder/"last.pt") as tmp: torch.save(self.state(), tmp)
 
+    def finish(self):
+        "The model was saved into the folder (`save_model`): remove what resuming needed, and note what was learnt."
+        if self.folder is None or not self.main: return
+        if not (self.folder/_MODEL).exists(): raise BadInput(f"{self.folder} holds no {_MODEL}; save the model first")
+        counts = {k: getattr(self, k) for k in self._COUNTS if k != "best_state"}
+        about = dict(settings=self._identity(), at_once=self.micro.at_once)
+        write_json(self.folder/_FINISHED, plain(about | counts | dict(model_sha256=file_sha256(self.folder/_MODEL))))
+        (self.folder/"last.pt").unlink(missing_ok=True)
+
+    def _kept_state(self):
+        "A finished training, or else the checkpoint of one that was stopped; None where there is neither."
+        if self.folder is None or not self.main: return None
+        state = _finished_state(self.folder, self._identity())
+        if state: self.log(f"finished before, after epoch {state['epoch']}")
+        if state: return state
+        state = _read_state(self.folder/"last.pt", self._identity(), self.log)
+        inside = f", batch {state['batch']}" if state and state["batch"] else ""
+        if state: self.log(f"going on after epoch {state['epoch']}{inside}")
+        return state
+
     def _resume(self):
         "Go on from what the first process has: its checkpoint, or else its weights."
         from accelerate.utils import broadcast_object_list
-        reads = self.folder is not None and self.main
-        state = _read_state(self.folder/"last.pt", self._identity(), self.log) if reads else None
-        if state:
-            inside = f", batch {state['batch']}" if state["batch"] else ""
-            self.log(f"going on after epoch {state['epoch']}{inside}")
+        state = self._kept_state()
         if self.processes > 1: state, = broadcast_object_list([state or self.state()])
         if state is None: return
         for k in self._COUNTS: setattr(self, k, state[k])
@@ -523,7 +552,7 @@ class Trainer(_Epoch):
         self.micro = MicroBatches(at_once, self.processes, index, least=1 + normed, fixed=joined)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
-# %% ../../nbs/learn/trainer.ipynb #5fc4a955
+# %% ../../nbs/learn/trainer.ipynb #5e20c965
 def show_history(
     histories,               # name -> table from `fit`
     label: str,              # what the metric is, for the axis, such as "per-spot Spearman"
@@ -541,5 +570,5 @@ def show_history(
         right.plot(h.epoch[best], values[best], "o", mfc="none", mec="k")
     left.set(xlabel="epoch", ylabel="loss", title="Training loss")
     right.set(xlabel="epoch", ylabel=label, title="Validation; circled: the epoch kept")
-    left.legend(fontsize=7)
+    left.legend(fontsize=8)
     return fig

@@ -75,7 +75,7 @@ def html_factory(
     facts |= dict(patients=factory.spots.patient.nunique(), pictures=some_of(names, most))
     return card(factory.path.name, facts, montage([thumbnail(factory, n, 90) for n in names[:most]]))
 
-# %% ../../nbs/spots/cards.ipynb #fb15478a
+# %% ../../nbs/spots/cards.ipynb #f8881e92
 _FOLD_COLOURS = [
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (127, 127, 127), (188, 189, 34), (23, 190, 207)]
@@ -93,7 +93,9 @@ def _split_picture(rows, side=90):
     return out
 
 def _leak(train):
-    "The patients that are in several folds, for a card."
+    "The patients that are in several folds, for a card; of blocks what keeps them apart."
+    if (train.groupby("slide").fold.nunique() > 1).any():
+        return dict(blocks="slides are divided: training leaves out the spots around what is held out")
     if "patient" not in train: return {}
     folds = train.groupby("patient").fold.nunique()
     shared = folds.index[folds > 1]

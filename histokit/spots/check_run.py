@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_split_honesty', 'check_training', 'check_ladder', 'check_run', 'write_checks']
 
-# %% ../../nbs/spots/check_run.ipynb #17464d8c
+# %% ../../nbs/spots/check_run.ipynb #1f8b628d
 from scipy.spatial import cKDTree
 import numpy as np
 import pandas as pd
@@ -24,9 +24,9 @@ from .network import load_model
 from .patches import HESpotDataset, normalised_coords, patch_size
 from .results import open_stage
 from .slides import DataFactory
-from .splits import check_split
+from .splits import check_split, fold_rows
 
-# %% ../../nbs/spots/check_run.ipynb #c1e354b8
+# %% ../../nbs/spots/check_run.ipynb #359b6196
 def _groups_apart(groups, fold):
     "The groups, such as slides, whose rows lie in more than one fold."
     return [g for g, f in pd.Series(fold).groupby(np.asarray(groups)) if f.nunique() > 1]
@@ -38,14 +38,15 @@ def _neighbours_apart(spots, fold, slide):
     nearest = cKDTree(xy).query(xy, k=2)[1][:, 1]
     return float((fold[rows] != fold[rows[nearest]]).mean())
 
-def _overlaps(spots, fold, patch_px, where):
-    "The first fold whose patches share pixels with the others'."
-    out = []
+def _overlaps(spots, fold, patch_px, buffer, where):
+    "The first fold whose patches share pixels with those that it is trained on."
+    out, marked = [], spots.assign(fold=fold)
     for k in np.unique(fold[fold >= 0]):
-        attempt(out, where, check_split, spots[(fold != k) & (fold >= 0)], spots[fold == k], patch_px)
+        rows = attempt(out, where, fold_rows, marked, k, buffer)
+        if rows: attempt(out, where, check_split, *(spots.iloc[r] for r in rows), patch_px)
     return out[:1]
 
-def _divided_slides(spots, fold, slides, patch_px, where):
+def _divided_slides(spots, fold, slides, patch_px, buffer, where):
     "What is wrong with slides that lie in several folds."
     mixed = [n for n in slides if _neighbours_apart(spots, fold, n) > .3]
     if mixed:
@@ -53,10 +54,11 @@ def _divided_slides(spots, fold, slides, patch_px, where):
         mend = "hold out whole slides; on random spots a model is scored on neighbours of what it was trained on"
         return [error(what, mend, where)]
     mend = "hold out whole slides where there are enough: one slide's stain and tissue are on both sides"
-    divided = warning(f"{', '.join(slides)} are in several folds", mend, where)
-    return _overlaps(spots, fold, patch_px, where) or [divided]
+    if spots.slide.nunique() == 1: mend = "know that the score is for this slide; with another slide, hold out each"
+    divided = warning(f"{', '.join(slides)} in several folds", mend, where)
+    return _overlaps(spots, fold, patch_px, buffer, where) or [divided]
 
-# %% ../../nbs/spots/check_run.ipynb #9a62e6c6
+# %% ../../nbs/spots/check_run.ipynb #bdbef65d
 def _divided_patients(spots, fold, where):
     "Patients whose slides lie in several folds."
     apart = _groups_apart(spots.patient, fold) if "patient" in spots else []
@@ -78,12 +80,15 @@ def check_split_honesty(
     chosen: dict = None,  # fold -> rows on which its epoch, penalty or width was chosen
     patch_px: float = 0,  # side of a patch
     where: str = "split",
+    *,
+    buffer: float = 0,    # pixels: training spots nearer to a held-out one were left out, as in a split by blocks
 )->list:
     "Leaks between the folds, and choices made on what is reported."
     spots, fold = spots.reset_index(drop=True), np.asarray(fold)
     if len(np.unique(fold)) < 2: return [error("there is one fold only", "hold out a slide at a time", where)]
     slides = _groups_apart(spots.slide, fold)
-    out = _divided_slides(spots, fold, slides, patch_px, where) if slides else _divided_patients(spots, fold, where)
+    if slides: out = _divided_slides(spots, fold, slides, patch_px, buffer, where)
+    else: out = _divided_patients(spots, fold, where)
     return [*out, *_chosen_on_reported(fold, chosen or {}, where)]
 
 # %% ../../nbs/spots/check_run.ipynb #67eabdac
@@ -135,12 +140,13 @@ def _slide_findings(run, factory):
             "look at the slide; it was left as it is", n))
     return out
 
-# %% ../../nbs/spots/check_run.ipynb #14fd5680
+# %% ../../nbs/spots/check_run.ipynb #f1aac741
 def _split_findings(run, spots, patch_px):
     "The folds, and the rows on which each fold's model was chosen."
     kept = [k for k in run.folds() if run.has(f"folds/{k}/inner.parquet")]
     chosen = {k: run.table(f"folds/{k}/inner.parquet").row.to_numpy() for k in kept}
-    return check_split_honesty(spots, spots.fold.to_numpy(), chosen, patch_px)
+    buffers = [run.json(f"folds/{k}/config.json").get("extra", {}).get("buffer_px", 0) for k in kept]
+    return check_split_honesty(spots, spots.fold.to_numpy(), chosen, patch_px, buffer=min(buffers, default=0))
 
 def _model_findings(model):
     "What is wrong with a model that was trained."

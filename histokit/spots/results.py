@@ -118,7 +118,7 @@ def score_ladder(
     rungs = new_slide_rungs(train[targets].to_numpy(), true, neighbour_labels(test, true), seed)
     return spot_ladder(rungs | {name: submission[targets].to_numpy()}, true, test.slide, slide_blocks(test))
 
-# %% ../../nbs/spots/results.ipynb #a0b8919e
+# %% ../../nbs/spots/results.ipynb #b0dc0ca7
 ROW_KEYS = ["slide", "ID", "x", "y", "fold"]
 
 @dataclass(frozen=True)
@@ -138,6 +138,13 @@ class RunResult:
     def whole_slides(self)->bool:
         "Whether every slide was held out as a whole."
         return bool((self.spots.groupby("slide").fold.nunique() == 1).all())
+
+    @property
+    def split(self)->str:
+        "What was held out together: slides, blocks of slides with a buffer between, or single spots."
+        if self.whole_slides: return "slides"
+        asked = RunFolder(self.folder).json_or("data.json", {}).get("split")
+        return "blocks" if asked == "blocks" else "spots"
 
     @property
     def slides(self)->list:
@@ -224,7 +231,7 @@ def differing_parameters(
     differ = [n for n in names if len({repr(p.get(n)) for p in known}) > 1]
     return [None if r.parameters is None else {n: r.parameters.get(n) for n in differ} for r in runs]
 
-# %% ../../nbs/spots/results.ipynb #6b418d81
+# %% ../../nbs/spots/results.ipynb #745a0d65
 def _rung_columns(run, score):
     "`final`, the last rung of the run's ladder, and `gap`, what a random split would have added."
     if score.name not in run.rungs: return dict(final=np.nan, gap=run.flattery if score == PER_SPOT else np.nan)
@@ -241,10 +248,10 @@ def _score_run(run, units, score, bootstrap):
     "One line of the comparison, without the difference."
     value = score(run.pred, run.true)
     low, high = bootstrap_interval(score, run.pred, run.true, *units, bootstrap=bootstrap)
-    row = dict(run=run.name, split="slides" if run.whole_slides else "spots")
+    row = dict(run=run.name, split=run.split)
     row |= {score.name: value, "low": low, "high": high}
     if score.name != PER_TYPE.name: row[PER_TYPE.name] = PER_TYPE(run.pred, run.true)
-    row["skill"] = skill_of(value, _best_constant(run, score), score) if run.whole_slides else np.nan
+    row["skill"] = skill_of(value, _best_constant(run, score), score) if run.split != "spots" else np.nan
     return row | _rung_columns(run, score)
 
 def _against_first(first, run, units, score, bootstrap):
@@ -277,7 +284,7 @@ def compare_runs(
         rows.append(row | dict(parameters=parameters))
     return pd.DataFrame(rows), show_comparison(runs, score)
 
-# %% ../../nbs/spots/results.ipynb #20b5ee48
+# %% ../../nbs/spots/results.ipynb #361ad9af
 def _format_difference(row):
     "The difference to the first run, its interval, and how often it is above."
     if pd.isna(row.difference): return "–"
@@ -288,6 +295,7 @@ def _format_parameters(parameters):
     if parameters is None: return "no parameters recorded"
     return ", ".join(f"{k}={v}" for k, v in parameters.items()) or "no parameter differs"
 
+_SPLIT_BY_BLOCKS = "blocks of slides read higher than whole slides: compare runs of one kind of split"
 _SPLIT_BY_SPOTS = "* validated on spots of slides that it was trained on: too high, and not to be compared"
 
 def format_comparison(
@@ -306,9 +314,10 @@ def format_comparison(
         lines.append(f"{first}{rest}   {_format_difference(r)}")
     lines += [f"{r.run:{wide}}{_format_parameters(r.parameters)}" for r in table.itertuples()]
     if spots.any(): lines.append(_SPLIT_BY_SPOTS)
+    if len(set(table.split)) > 1 and table.split.eq("blocks").any(): lines.append(_SPLIT_BY_BLOCKS)
     return "\n".join(lines)
 
-# %% ../../nbs/spots/results.ipynb #1caf63e7
+# %% ../../nbs/spots/results.ipynb #95726d88
 def _slide_scores(run, score):
     "The score on each slide."
     rows = run.spots.groupby("slide").indices
@@ -322,7 +331,7 @@ def _show_spread(ax, runs, score):
     of = "spot" if score.per_row else "slide"
     ax.set(xlabel=f"score of a {of} ({score.label or score.title})", ylabel=f"share of {of}s below")
     ax.set_title(f"{of.capitalize()}s of each run", fontsize=9)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=8)
 
 def _show_differences(ax, runs, score):
     "The difference of each run to the first, on every slide and on all."
@@ -333,7 +342,7 @@ def _show_differences(ax, runs, score):
         ax.scatter(score(run.pred, run.true) - whole, i, marker="|", s=300, c="k")
         for j, (slide, v) in enumerate(apart.items()):
             above = (0, (6, -11)[j % 2])
-            ax.annotate(slide, (v, i), xytext=above, textcoords="offset points", fontsize=6, ha="center")
+            ax.annotate(slide, (v, i), xytext=above, textcoords="offset points", fontsize=8, ha="center")
     ax.axvline(0, ls=":", c=".4", lw=1)
     ax.set_yticks(range(1, len(runs)), [r.name for r in runs[1:]], fontsize=8)
     ax.set_ylim(len(runs) - .5, .4)

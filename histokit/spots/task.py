@@ -51,8 +51,8 @@ def bytes_needed(
     pixels = sum(3 * s.height * s.width for s in factory.slides.values())
     return pixels + 20_000 * len(factory.spots) + 100_000_000
 
-# %% ../../nbs/spots/task.ipynb #6aac9a66
-TITLES = dict(oof="Training spots, each predicted by models that saw nothing of its slide:",
+# %% ../../nbs/spots/task.ipynb #1516c012
+TITLES = dict(oof="Training spots, each predicted by models that saw nothing of its {held}:",
     test="Test spots, against their hidden truth:")
 
 def report(
@@ -60,15 +60,16 @@ def report(
 )->str:
     "The ladders, what a random split would have read, and where things lie."
     metrics, lines = run.json("metrics.json", "04_tta_smoothing"), []
+    held = "block of its slide" if run.json_or("data.json", {}).get("split") == "blocks" else "slide"
     for part, title in TITLES.items():
-        if metrics.get(part): lines += ["", title, format_ladder(pd.DataFrame(metrics[part]))]
+        if metrics.get(part): lines += ["", title.format(held=held), format_ladder(pd.DataFrame(metrics[part]))]
         gap = metrics.get("random_split") if part == "oof" else None
-        if gap: lines.append(_flattery(gap))
+        if gap: lines.append(_flattery(gap, held))
     home = os.path.relpath(run.path)
     places = dict(submission="submission.csv", figures="figures/", notebooks="*.ipynb")
     return "\n".join([*lines, "", *(f"{what:12}{home}/{where}" for what, where in places.items())])
 
-def _flattery(gap):
+def _flattery(gap, held):
     "What validation on random spots would have read, in a sentence."
     return (f"Validated on random spots, the same method reads {gap['random_split']:.3f} "
-        f"where leaving out their slide reads {gap['held_out']:.3f}.")
+        f"where leaving out their {held.removesuffix(' of its slide')} reads {gap['held_out']:.3f}.")

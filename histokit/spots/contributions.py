@@ -56,10 +56,17 @@ def contributions(
     maps = dict(spearman=spearman_columns(pred, true), pearson=pearson_columns(pred, true))
     return table.assign(**{name: as_numpy(v) for name, v in maps.items()})
 
-# %% ../../nbs/spots/contributions.ipynb #63d16e6c
-def _bars(ax, heights, i, n, label):
+# %% ../../nbs/spots/contributions.ipynb #25d39680
+def _bars(ax, lengths, i, n, label):
     "The i-th of n bars at every tick."
-    ax.bar(np.arange(len(heights)) + (i - (n - 1) / 2) * .8 / n, heights, .8 / n, label=label)
+    ax.barh(np.arange(len(lengths)) + (i - (n - 1) / 2) * .8 / n, lengths, .8 / n, label=label)
+
+def _name_bars(ax, names):
+    "A name at every tick, the first on top, and what the bars measure."
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylim(len(names) - .4, -.6)
+    ax.set_xlabel("part of the score that is lost", fontsize=8)
+    ax.tick_params(axis="x", labelsize=8)
 
 def show_contributions(
     tables: dict,    # name -> from `contributions`, all of the same types
@@ -67,13 +74,11 @@ def show_contributions(
     "What each type costs under each prediction, the types in the order of the first."
     import matplotlib.pyplot as plt
     order = next(iter(tables.values())).lost.argsort().to_numpy()[::-1]
-    fig, ax = plt.subplots(figsize=(8, 2.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(6, .17 * len(order) + .9), layout="constrained")
     for i, (name, table) in enumerate(tables.items()):
         _bars(ax, table.lost.to_numpy()[order], i, len(tables), f"{name}: {table.score.sum():.3f}")
-    ax.set_xticks(range(len(order)), table.type.to_numpy()[order], rotation=90, fontsize=7)
-    ax.margins(x=.01)
-    ax.set_ylabel("score lost")
-    ax.legend(fontsize=7, title="mean per-spot Spearman", title_fontsize=7)
+    _name_bars(ax, table.type.to_numpy()[order])
+    ax.legend(fontsize=8, title="mean per-spot Spearman", title_fontsize=8, loc="lower right")
     return fig
 
 # %% ../../nbs/spots/contributions.ipynb #49668dfc
@@ -100,7 +105,7 @@ def swaps(
         pairs.append(pd.DataFrame(dict(high=names[s], low=names[s + 1:], lost=lost, wrong=wrong)))
     return pd.concat(pairs).sort_values("lost", ascending=False, ignore_index=True, kind="stable")
 
-# %% ../../nbs/spots/contributions.ipynb #bbf621b3
+# %% ../../nbs/spots/contributions.ipynb #d5f8bfdf
 def show_swaps(
     tables: dict,    # name -> from `swaps`, all of the same types
     n: int = 12,     # pairs shown
@@ -109,14 +114,12 @@ def show_swaps(
     import matplotlib.pyplot as plt
     first = next(iter(tables.values())).head(n)
     keys = [frozenset(p) for p in zip(first.high, first.low)]
-    fig, ax = plt.subplots(figsize=(8, 2.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(6, .24 * len(keys) + .9), layout="constrained")
     for i, (name, t) in enumerate(tables.items()):
         lost = dict(zip(map(frozenset, zip(t.high, t.low)), t.lost))
         _bars(ax, [lost[k] for k in keys], i, len(tables), name)
-    ax.set_xticks(range(len(keys)), [f"{high}\nover {low}" for high, low in zip(first.high, first.low)], fontsize=7)
-    ax.set_ylabel("score lost")
-    ax.legend(fontsize=7, ncols=len(tables))
-    ax.margins(x=.01, y=.25)
+    _name_bars(ax, [f"{high} over {low}" for high, low in zip(first.high, first.low)])
+    ax.legend(fontsize=8, loc="lower right")
     return fig
 
 # %% ../../nbs/spots/contributions.ipynb #c7a2d9c7

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['app', 'kernels', 'Version', 'Texts', 'Params', 'Json', 'RunDir', 'Force', 'fail', 'command', 'say', 'say_findings',
-           'demo', 'run', 'parameter_rows', 'parameters', 'compare', 'check', 'validate', 'score', 'stain',
-           'import_visium_command', 'export_h5ad', 'kernels_build', 'kernels_check', 'main']
+           'demo', 'run', 'parameter_rows', 'asked_parameters', 'parameters', 'compare', 'check', 'validate', 'score',
+           'stain', 'import_visium_command', 'export_h5ad', 'explore_command', 'kernels_build', 'kernels_check', 'main']
 
-# %% ../nbs/cli.ipynb #34239f9d
-import functools, json
+# %% ../nbs/cli.ipynb #ac09fcb3
+import functools, json, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 import histokit
-from .core.text import BadInput
+from .core.progress import Screen, listening, settle
+from .core.stop import STOPPED, stop_on_signals
+from .core.text import BadInput, did_you_mean
 
-# %% ../nbs/cli.ipynb #b93c328b
+# %% ../nbs/cli.ipynb #0d69e3e7
 _settings = dict(help_option_names=["-h", "--help"])
 _group = dict(no_args_is_help=True, context_settings=_settings, rich_markup_mode=None)
 app = typer.Typer(**_group, add_completion=False, pretty_exceptions_enable=False,
@@ -27,22 +29,28 @@ app.add_typer(kernels, name="kernels")
 
 def fail(text: str, status: int = 1):
     "One line on standard error, and the exit status."
+    settle()
     typer.echo(f"histokit: {' '.join(text.split())}", err=True)
     raise typer.Exit(status) from None
 
 def command(
     group=None,     # the Typer that it belongs to; None = histokit itself
     name=None,      # as typed; None = the function's
+    example="",     # what might be typed after `histokit`, for its help
 ):
     "Register a function as a command whose errors are one line and exit status 1."
     def wrap(f):
         @functools.wraps(f)
         def run(*args, **kwargs):
-            try: return f(*args, **kwargs)
+            screen = Screen(functools.partial(typer.echo, err=True), sys.stderr)
+            try:
+                with listening(screen): return f(*args, **kwargs)
             except typer.Exit: raise                     # it is a RuntimeError
             except (BadInput, RuntimeError) as e: fail(str(e))
-            except KeyboardInterrupt: fail("stopped; run the same command again to go on from here", 130)
-        return (group or app).command(name or f.__name__.replace("_", "-"))(run)
+            except KeyboardInterrupt: fail(STOPPED.removeprefix("histokit: "), 130)
+            finally: screen.clear()
+        epilog = f"Example: histokit {example}" if example else None
+        return (group or app).command(name or f.__name__.replace("_", "-"), epilog=epilog)(run)
     return wrap
 
 def _version(asked: bool):
@@ -65,6 +73,7 @@ Force = Annotated[bool, typer.Option("--force", help="run every stage again")]
 def say(value, text: str, as_json: bool)->None:
     "Print the text, or the value as JSON."
     from histokit.core.files import plain
+    settle()
     typer.echo(json.dumps(plain(value)) if as_json else text)
 
 def say_findings(findings, text: str, as_json: bool, **more)->None:
@@ -74,32 +83,32 @@ def say_findings(findings, text: str, as_json: bool, **more)->None:
     say(by_level | more, text, as_json)
     if by_level["errors"]: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #d08a396c
+# %% ../nbs/cli.ipynb #763ae118
 def _run(recipe, param, run_dir, force, as_json):
     "A run, its lines and its report."
     from histokit.core.files import read_json
     from histokit.pipeline import run_pipeline, run_report
-    show = functools.partial(typer.echo, err=as_json)
+    show = Screen(functools.partial(typer.echo, err=as_json), sys.stderr if as_json else sys.stdout)
     run = run_pipeline(recipe, param or (), run_dir, force=force, show=show)
     say(dict(run=run, submission=run/"submission.csv", **read_json(run/"metrics.json")), run_report(run), as_json)
 
-@command()
+@command(example="demo --run-dir runs/demo")
 def demo(param: Params = None, run_dir: RunDir = "", force: Force = False, as_json: Json = False):
     "Make synthetic slides, run everything on them, and score it against their hidden truth."
     _run("demo", param, run_dir, force, as_json)
 
-@command()
+@command(example="run probe -p data_path=my.h5 -p 03_train.method=kernel")
 def run(
     recipe: Annotated[str, typer.Argument(help="a YAML file, or a recipe: demo, resnet18, convnext, probe, best")],
     param: Params = None, run_dir: RunDir = "", force: Force = False, as_json: Json = False):
-    "Run a recipe, from the data to the submission. Example: histokit run probe -p data_path=my.h5"
+    "Run a recipe, from the data to the submission."
     _run(recipe, param, run_dir, force, as_json)
 
-# %% ../nbs/cli.ipynb #92f83a76
+# %% ../nbs/cli.ipynb #851c4604
 def parameter_rows(
     recipe: str = "",    # a recipe's path or name; "" shows the notebooks' defaults
 )->list:                 # dictionaries: name, stage, type, value, about
-    "The parameters of a recipe's task, each with its value in that recipe."
+    "The parameters of a recipe's task by stage, each as its stage describes it, with its value in that recipe."
     from histokit.pipeline import find_recipe, read_recipe, recipe_task, resolve, task_parameters
     given = read_recipe(find_recipe(recipe)) if recipe else {}
     values = resolve(given)
@@ -109,15 +118,39 @@ def parameter_rows(
             rows.append(dict(name=name, stage=stage, type=p.kind, value=values[stage][name], about=p.about))
     return rows
 
-@command()
-def parameters(
-    recipe: Annotated[str, typer.Argument(help="show the values of this recipe")] = "", as_json: Json = False):
-    "List the parameters that recipes and -p can set."
+def _is_meant(word, row):
+    "Whether a part of a name, with its stage before a point or without, is in that of a parameter."
+    return word in (f"{row['stage']}.{row['name']}" if "." in word else row["name"])
+
+def asked_parameters(
+    words=(),            # a recipe, if the first is one, then parts of parameters' names
+    stage: str = "",     # name of a stage, with or without its number
+)->list:                 # rows of `parameter_rows`
+    "The parameters that are asked for; `BadInput` where there is none."
+    from histokit.pipeline import find_recipe
+    recipe, why, words = "", None, list(words)
+    if words:
+        try: recipe = words.pop(0) if find_recipe(words[0]) else ""
+        except BadInput as e: why = str(e)
     rows = parameter_rows(recipe)
+    of_stage = [r for r in rows if stage in ("", r["stage"], r["stage"].partition("_")[2])]
+    if not of_stage: raise BadInput(f"no stage '{stage}'{did_you_mean(stage, {r['stage'] for r in rows})}")
+    found = [r for r in of_stage if not words or any(_is_meant(w, r) for w in words)]
+    if found: return found
+    names = {r["name"] for r in of_stage}
+    raise BadInput(f"no parameter is called like {', '.join(words)}{did_you_mean(words[0], names)}"
+        + (f"; and {why}" if why else ""))
+
+@command(example="parameters best loss --stage 03_train")
+def parameters(
+    words: Annotated[Texts, typer.Argument(help="a recipe, whose values are shown, and parts of names")] = None,
+    stage: Annotated[str, typer.Option(help="of this stage only")] = "", as_json: Json = False):
+    "List the parameters that recipes and -p can set, with their values in a recipe."
+    rows = asked_parameters(words or (), stage)
     lines = [f"{r['stage'] + '.' + r['name']:34} {r['type']:6} {r['value']!s:32} {r['about']}" for r in rows]
     say(rows, "\n".join(lines), as_json)
 
-@command()
+@command(example="compare runs/probe runs/best")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="run folders; the others are compared with the first")],
     picture: Annotated[Path, typer.Option(help="where the picture goes; empty for none")] = Path("comparison.png"),
@@ -131,8 +164,8 @@ def compare(
     wrote = f"\nwrote {picture}" if picture.name else ""
     say(table.to_dict("records"), format_comparison(table) + wrote, as_json)
 
-# %% ../nbs/cli.ipynb #19458ac7
-@command()
+# %% ../nbs/cli.ipynb #ed3cdf30
+@command(example="check my.h5 --html report.html")
 def check(
     data: Path,
     html: Annotated[Optional[Path], typer.Option(help="also write one page with pictures")] = None,
@@ -146,47 +179,57 @@ def check(
         write_report(html, data, findings)
     say_findings(findings, format_findings(findings), as_json)
 
-@command()
+@command(example="validate submission.csv --data my.h5")
 def validate(
     submission: Path,
     data: Annotated[Path, typer.Option(help="the HDF5 file it answers")],
     as_json: Json = False):
     "Check a submission against the data it answers."
-    from histokit.core.checks import format_findings
-    from histokit.core.submission import check_submission, read_submission
-    from histokit.spots.check_predictions import check_predictions
+    from histokit.core.checks import format_findings, has_error
+    from histokit.spots.check_predictions import check_submission_file
     from histokit.spots.slides import DataFactory
-    factory, table = DataFactory(data), read_submission(submission)
-    n = int(factory.spots.split.eq("Test").sum())
-    check_submission(table, n, factory.targets, str(submission))
-    findings = check_predictions(table[factory.targets].to_numpy())
+    factory = DataFactory(data)
+    findings = check_submission_file(submission, factory)
+    valid, n = not has_error(findings), int(factory.spots.split.eq("Test").sum())
+    if not (valid or as_json): fail(f"{submission} is not valid: {format_findings(findings).removeprefix('error').strip()}")
     text = f"{submission} is valid: {n} rows, {len(factory.targets)} targets\n{format_findings(findings)}".rstrip()
-    say(dict(valid=True, rows=n, findings=[f.to_dict() for f in findings]), text, as_json)
+    say(dict(valid=valid, rows=n, findings=[f.to_dict() for f in findings]), text, as_json)
+    if not valid: raise typer.Exit(1)
 
-@command()
-def score(submission: Path, truth: Path, as_json: Json = False):
-    "Score a submission against a truth of the same layout."
+def _run_around(submission):
+    "The run folder that a submission lies in; None where it lies elsewhere."
+    folder = submission.resolve().parent
+    return folder if (folder/"spots.parquet").exists() and (folder/"slides.h5").exists() else None
+
+_WITHOUT_DATA = "no ladder and no interval without the slides: give --data FILE.h5, or --data RUN"
+
+@command(example="score runs/probe/submission.csv truth.csv")
+def score(
+    submission: Path, truth: Path,
+    data: Annotated[Optional[Path], typer.Option(help="the HDF5 file it answers, or a run folder; not needed in one")] = None,
+    as_json: Json = False):
+    "Score a submission against a truth of the same layout, beside what needs no model."
     from histokit.core.submission import read_submission
-    from histokit.learn.bootstrap import mean_interval
-    from histokit.learn.scores import spearman_columns
-    from histokit.spots.results import score_submission
-    s, t = read_submission(submission), read_submission(truth)
-    each = score_submission(s, t)
-    low, high = mean_interval(each)
-    columns = [c for c in t.columns if c != "ID"]
-    per_type = float(spearman_columns(s[columns], t.sort_values("ID")[columns]).mean())
-    interval = f"{each.mean():.4f} [{low:.4f}, {high:.4f}]"
-    text = f"mean per-spot Spearman {interval} over {len(each)} spots; per type {per_type:.4f}"
-    say(dict(per_spot=each.mean(), low=low, high=high, per_type=per_type, spots=len(each)), text, as_json)
+    from histokit.learn.ladder import format_ladder
+    from histokit.spots.results import plain_scores, score_ladder
+    answer, known = read_submission(submission), read_submission(truth)
+    value, text = plain_scores(answer, known), ""
+    if data := data or _run_around(submission):
+        table = score_ladder(answer, known, data, submission.name)
+        value |= dict(table.iloc[-1][["low", "high"]], ladder=table.to_dict("records"))
+        text = format_ladder(table)
+    interval = f" [{value['low']:.4f}, {value['high']:.4f}]" if text else ""
+    first = f"mean per-spot Spearman {value['per_spot']:.4f}{interval} over {value['spots']} spots"
+    say(value, f"{first}; per type {value['per_type']:.4f}\n{text or _WITHOUT_DATA}", as_json)
 
-# %% ../nbs/cli.ipynb #bc693d48
+# %% ../nbs/cli.ipynb #919602bb
 def _stained(name, report):
     "What became of a picture, in one line."
     left = "left as it is" if report.get("written", True) else "not written"
     what = "normalised" if report["done"] else left
     return f"{name}: {what}" + (f" ({report['reason']})" if report["reason"] else "")
 
-@command()
+@command(example="stain slides.h5 S_1 normalised.h5 --method macenko")
 def stain(
     image: Annotated[Path, typer.Argument(help="a picture, an HDF5 file of slides, or a folder of pictures")],
     reference: Annotated[str, typer.Argument(help="a picture, a normaliser (.json), or a slide ('': the first)")],
@@ -204,7 +247,7 @@ def stain(
     say(dict(out=out, pictures=reports), "\n".join(lines), as_json)
     if not all(r.get("written", True) for r in reports.values()): raise typer.Exit(1)
 
-@command(name="import-visium")
+@command(name="import-visium", example="import-visium outs --targets types.csv -o slides.h5 --name S_1")
 def import_visium_command(
     outs: Annotated[Path, typer.Argument(help="a Space Ranger output folder, or an .h5ad")],
     targets: Annotated[str, typer.Option(help="table of cell types; of an .h5ad a key of obsm, or obs:BEGINNING")] = "",
@@ -224,14 +267,33 @@ def import_visium_command(
         library=library)
     say(vars(done), str(done), as_json)
 
-@command()
+@command(example="export-h5ad runs/probe probe.h5ad")
 def export_h5ad(run_dir: Path, out: Path):
     "Write a run's predictions as .h5ad, for scanpy and squidpy."
     from histokit.spots.h5ad import export_run
     typer.echo(f"wrote {export_run(run_dir, out)}")
 
-# %% ../nbs/cli.ipynb #22dc0bc8
-@command(kernels, "build")
+# %% ../nbs/cli.ipynb #8831eeaa
+@command(name="explore")
+def explore_command(
+    data: Annotated[Path, typer.Argument(help="a data file, or the folder of a finished run")],
+    html: Annotated[Optional[Path], typer.Option(help="write one page that holds everything, and serve nothing")] = None,
+    max_mb: Annotated[float, typer.Option(help="size of that page; tiles are as fine as fit")] = 30.,
+    port: Annotated[int, typer.Option(help="of the local server; 0 takes a free one")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="print the address and open nothing")] = False,
+    slide: Annotated[str, typer.Option(help="the slide shown first")] = "",
+    target: Annotated[str, typer.Option(help="a cell type or its column, such as C3")] = "",
+    kind: Annotated[str, typer.Option(help="truth, prediction, difference, rank, predicted_rank, score")] = "truth",
+    beside: Annotated[str, typer.Option(help="a second slide")] = ""):
+    "Look at slides, spots and predictions in a browser. Example: histokit explore runs/demo"
+    from histokit.spots.explore_page import serve_explorer, write_explorer
+    from histokit.spots.explore_scene import Scene
+    scene, view = Scene(data), dict(slide=slide, target=target or 0, kind=kind, beside=beside)
+    if html: typer.echo(write_explorer(html, scene, max_mb, **view))
+    else: serve_explorer(scene, port, not no_browser, typer.echo, **view)
+
+# %% ../nbs/cli.ipynb #62c45c50
+@command(kernels, "build", "kernels build --recipe probe --username NAME")
 def kernels_build(
     folder: Annotated[Path, typer.Argument(help="the kernels' folder")] = Path("kaggle_kernels"),
     recipe: str = "resnet18", title: str = "histokit train submit",
@@ -247,7 +309,7 @@ def kernels_build(
     built = build_kernel(folder, recipe, title, username, **given)
     typer.echo(f"wrote {built}")
 
-@command(kernels, "check")
+@command(kernels, "check", "kernels check kaggle_kernels")
 def kernels_check(
     folder: Annotated[Path, typer.Argument(help="a kernel's folder, or the kernels' folder")] = Path("kaggle_kernels"),
     as_json: Json = False):
@@ -261,4 +323,5 @@ def kernels_check(
 
 def main():
     "The command `histokit`."
+    stop_on_signals()
     app(prog_name="histokit")

@@ -6,8 +6,8 @@
 __all__ = ['PARAMETER_TYPES', 'STAGE_HEADING', 'NEWS', 'Parameter', 'read_cells', 'is_parameters', 'stage_parameters',
            'names_used', 'exported_names', 'stage_cells', 'ready_kernel_manager', 'shorten', 'run_notebook']
 
-# %% ../../nbs/core/notebooks.ipynb #f5135725
-import ast, contextlib, functools, json, os, re, threading, time
+# %% ../../nbs/core/notebooks.ipynb #15eba17d
+import ast, contextlib, functools, json, logging, os, re, threading, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +173,7 @@ def ready_kernel_manager():          # a class for nbclient's `kernel_manager_cl
 
     return ReadyKernelManager
 
-# %% ../../nbs/core/notebooks.ipynb #44bc6324
+# %% ../../nbs/core/notebooks.ipynb #0ffc8afa
 NEWS = re.compile(r"(fold|slide) \S+  |random split  ")     # how a line begins that is shown while a stage runs
 
 class _Echo:
@@ -239,6 +239,7 @@ def _why(error):
 def _execute(notebook, tmp, params, cwd, show):
     "papermill, on the page's stage, in a kernel that is ready where there is one."
     import papermill
+    logging.getLogger("papermill").setLevel(logging.ERROR)      # parameters it cannot read are checked here already
     nb = json.loads(Path(notebook).read_text(encoding="utf-8"))
     nb["cells"] = stage_cells(nb["cells"])
     source = tmp.with_name(f".{tmp.stem}.source.ipynb")

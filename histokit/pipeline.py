@@ -25,7 +25,7 @@ from .core.runs import (RunFolder, StageBook, assets, earlier_seconds, package_f
 from .core.stop import at_stop
 from .core.text import BadInput, choose, did_you_mean
 
-# %% ../nbs/06_pipeline.ipynb #55098692
+# %% ../nbs/06_pipeline.ipynb #2a5f90b9
 @dataclass(frozen=True)
 class Stage:
     "A notebook of a task."
@@ -39,7 +39,7 @@ class Task:
     name: str
     about: str             # one line
     stages: tuple          # of Stage
-    module: str            # has prepare(params, run) and report(run)
+    module: str            # has prepare(params, run), report(run) and, if it likes, check_settings(stage -> settings)
 
     def names(self)->tuple:
         "The stages' names."
@@ -170,7 +170,7 @@ def resolve(
         for stage in stages: out[stage][bare] = typed(name, value, known[stage][bare].kind)
     return out
 
-# %% ../nbs/06_pipeline.ipynb #7bfe0cf9
+# %% ../nbs/06_pipeline.ipynb #87437030
 def stage_settings(
     stage: Stage,
     params: dict,         # the stage's parameters
@@ -185,7 +185,8 @@ def check_values(
     task: Task, ask: Ask,
 )->None:
     "Raise `BadInput` for the first value, or pair of values, that a stage could not use."
-    for stage in task.stages: stage_settings(stage, ask[stage.name])
+    made = {stage.name: stage_settings(stage, ask[stage.name]) for stage in task.stages}
+    if hasattr(importlib.import_module(task.module), "check_settings"): task.call("check_settings", made)
 
 # %% ../nbs/06_pipeline.ipynb #2872bd2b
 PATHS = ("data_path", "truth_path", "weights")

@@ -116,8 +116,9 @@ def read_text_table(
         raise BadInput(f"{path}: its rows have several names; write them as columns with a name each")
     return table.reset_index(names=row_names)
 
-# %% ../../nbs/core/table.ipynb #19e9d48b
-MISSING = ("NA", "N/A", "NaN", "nan", "-nan", "NULL", "null", "None", "<NA>", "n/a", "#N/A", "#NA")   # words for no value
+# %% ../../nbs/core/table.ipynb #e1ef446c
+# words for no value
+MISSING = ("NA", "N/A", "NaN", "nan", "-nan", "NULL", "null", "None", "<NA>", "n/a", "#N/A", "#NA")
 
 def is_missing(
     column,         # Series of text or numbers

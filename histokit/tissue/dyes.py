@@ -89,11 +89,12 @@ def vahadane_vectors(
             if np.abs(vectors - last).max() < tol: break
     return _haematoxylin_first(np.maximum(vectors, 1e-9))
 
-# %% ../../nbs/tissue/dyes.ipynb #5e5881f8
+# %% ../../nbs/tissue/dyes.ipynb #0ba84c74
 def plot_vectors(
     vectors,    # name -> (2, 3) stain matrix
     od=None,    # (n, 3) densities to show behind them
     ax=None,
+    legend: bool = True,
 ):              # the axes
     "Stain vectors on the chromaticity plane: the share of red and of blue in each density."
     import matplotlib.pyplot as plt
@@ -104,11 +105,13 @@ def plot_vectors(
         ax.scatter(share[:, 0], share[:, 2], s=1, c="0.8")
     for i, (name, v) in enumerate(vectors.items()):
         share = np.asarray(v) / np.sum(v, 1, keepdims=True)
-        ax.plot(share[:, 0], share[:, 2], "o-", ms=5, lw=1, label=name, color=f"C{i % 10}")
-        for s, t in zip(share, "HE"):
-            ax.annotate(t, (s[0], s[2]), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    ax.set(xlabel="share of red", ylabel="share of blue")
-    ax.legend(fontsize=7)
+        ax.plot(share[:, 0], share[:, 2], "-", lw=1, label=name, color=f"C{i % 10}")
+        for s, marker in zip(share, "o^"): ax.plot(s[0], s[2], marker, ms=5, color=f"C{i % 10}")
+    for marker, dye in ("o", "haematoxylin"), ("^", "eosin"): ax.plot([], [], marker, ms=5, color=".4", label=dye)
+    ax.set_xlabel("red, share of the dye's density", fontsize=8)
+    ax.set_ylabel("blue, share of the dye's density", fontsize=8)
+    ax.tick_params(labelsize=8)
+    if legend: ax.legend(fontsize=8)
     return ax
 
 # %% ../../nbs/tissue/dyes.ipynb #d9659bed

@@ -6,7 +6,7 @@
 __all__ = ['normalise_dataset', 'fit_reference', 'normalise_file', 'stain_picture', 'stain_folder', 'stain_image_file',
            'compare_slides', 'summarise_slides', 'plot_slides', 'plot_stain_change', 'normalise_slides', 'write_stain']
 
-# %% ../../nbs/spots/stain_files.ipynb #7c2be6f4
+# %% ../../nbs/spots/stain_files.ipynb #9eaaee9f
 from pathlib import Path
 
 import h5py
@@ -14,6 +14,7 @@ import numpy as np
 
 from ..core.files import atomic, make_dir
 from ..core.pictures import as_rgb, open_picture, picture_format, tiles, write_picture
+from ..core.progress import track
 from ..core.runs import RunFolder
 from ..core.text import BadInput, choose, did_you_mean
 from .layout import open_h5, reading, slide_paths
@@ -88,7 +89,7 @@ def _new_slide(file, path, shape):
     chunks = (*(min(n, 256) for n in shape[:2]), 3)
     return file.create_dataset(path, (*shape[:2], 3), np.uint8, chunks=chunks, compression="lzf")
 
-# %% ../../nbs/spots/stain_files.ipynb #a62030fd
+# %% ../../nbs/spots/stain_files.ipynb #100ca85d
 def normalise_file(
     path_in,                        # HDF5 in the competition's layout
     path_out,                       # HDF5 of the same layout, written whole or not at all
@@ -105,7 +106,7 @@ def normalise_file(
         slides, reports, normaliser = slide_paths(source, spots=False), {}, None
         if method != "none": normaliser = fit_reference(StainNormalizer(method, **params), reference, source)
         _copy_layout(source, target)
-        for name, path in slides.items():
+        for name, path in track(slides.items(), "slides normalised"):
             old, new = source[path], _new_slide(target, path, source[path].shape)
             reports[name] = normalise_dataset(normaliser, old, new, tile)
             new.attrs.update({**old.attrs, **(attributes or {}).get(name, {})})
@@ -126,7 +127,7 @@ def stain_picture(
         write_picture(path_out, picture.map(lambda part: normaliser.transform(part, report)), tile)
     return report
 
-# %% ../../nbs/spots/stain_files.ipynb #e47c05b2
+# %% ../../nbs/spots/stain_files.ipynb #aec3a45c
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs")
 
 def _stain_or_report(normaliser, path, path_out, tile):
@@ -148,7 +149,8 @@ def stain_folder(
         raise BadInput(f"{folder_out} is where the pictures come from; choose another folder for the results")
     out = make_dir(folder_out)
     names = {p: p.name + ".tif" * (p.suffix.lower() == ".svs") for p in paths}
-    return {p.name: _stain_or_report(normaliser, p, out/name, tile) for p, name in names.items()}
+    done = track(names.items(), "pictures normalised")
+    return {p.name: _stain_or_report(normaliser, p, out/name, tile) for p, name in done}
 
 # %% ../../nbs/spots/stain_files.ipynb #4add9e15
 _HDF5 = (".h5", ".hdf5", ".hdf")
@@ -194,7 +196,7 @@ def summarise_slides(
         for when in ("before", "after")}
     return apart | dict(structure_kept=float(np.mean([f["structure_kept"] for f in found.values()])))
 
-# %% ../../nbs/spots/stain_files.ipynb #493cdde3
+# %% ../../nbs/spots/stain_files.ipynb #097a1ffd
 def _show_slide(column, slide):
     "A slide before and after, and the amounts of its dyes, one below the other."
     vectors = slide["report_after"]["stain_matrix"]
@@ -202,6 +204,8 @@ def _show_slide(column, slide):
     for ax, im in zip(column, (slide["before"], slide["after"], c[..., 0], c[..., 1])):
         ax.imshow(im, cmap="magma", vmax=2 if im.ndim == 2 else None)
         ax.set(xticks=[], yticks=[])
+
+_STAIN_ROWS = "before", "after", "haematoxylin\n(bright: more)", "eosin\n(bright: more)"
 
 def plot_slides(
     found: dict, # from `compare_slides`
@@ -213,11 +217,11 @@ def plot_slides(
     for (name, slide), column in zip(found.items(), axes.T):
         _show_slide(column, slide)
         column[0].set_title(name, fontsize=8)
-    for ax, label in zip(axes[:, 0], ("before", "after", "haematoxylin", "eosin")): ax.set_ylabel(label, fontsize=8)
-    fig.suptitle("One look for all slides", fontsize=9)
+    for ax, label in zip(axes[:, 0], _STAIN_ROWS): ax.set_ylabel(label, fontsize=8)
+    fig.suptitle("One look for all slides: before, after, and the two dyes apart", fontsize=9)
     return fig
 
-# %% ../../nbs/spots/stain_files.ipynb #85f11610
+# %% ../../nbs/spots/stain_files.ipynb #e64d6a97
 def _plot_brightness(ax, image, k, when):
     "The histogram of a picture's lightness, dotted for what was before."
     share = np.histogram(rgb_to_lab(image)[..., 0], 50, (0, 100), density=True)[0]
@@ -228,14 +232,19 @@ def plot_stain_change(
 ):               # figure
     "Stain vectors and brightness of all slides before and after."
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+    fig, ax = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
     for i, when in enumerate(("before", "after")):
         reports = {n: f[f"report_{when}"] for n, f in found.items()}
         vectors = {n: r["stain_matrix"] for n, r in reports.items() if r["ok"]}
-        plot_vectors(vectors, ax=ax[i]).set_title(f"Stain vectors {when}", fontsize=9)
+        plot_vectors(vectors, ax=ax[i], legend=False).set_title(f"Colours of the two dyes {when}", fontsize=9)
         for k, f in enumerate(found.values()): _plot_brightness(ax[2], f[when], k, when)
     ax[1].set(xlim=ax[0].get_xlim(), ylim=ax[0].get_ylim())
-    ax[2].set(title="Brightness before (dotted) and after", xlabel="L*", ylabel="density of pixels", ylim=(0, .06))
+    ax[2].set_title("Brightness before (dotted) and after", fontsize=9)
+    ax[2].set_xlabel("L* (0 is black, 100 white)", fontsize=8)
+    ax[2].set_ylabel("density of pixels", fontsize=8)
+    ax[2].set(ylim=(0, .06))
+    ax[2].tick_params(labelsize=8)
+    fig.legend(*ax[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return fig
 
 # %% ../../nbs/spots/stain_files.ipynb #25013588

@@ -7,7 +7,8 @@ __all__ = ['Registration', 'nodes', 'tissue_votes', 'Match', 'match_tissue', 'fi
            'printed_lattice', 'printed_estimate', 'content_gain', 'doubts', 'register', 'show_registration',
            'slide_values', 'move_spots', 'registration_modes']
 
-# %% ../../nbs/spots/register.ipynb #678f9141
+# %% ../../nbs/spots/register.ipynb #5595a22d
+import textwrap
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
@@ -434,32 +435,58 @@ def _upright(image, xy, values):        # rows of the array run down the picture
     if found: e["estimate"] = dict(scale=found["scale"], dx=found["dy"], dy=found["dx"])
     return Registration(r.scale, r.dy, r.dx, r.confident, e)
 
-# %% ../../nbs/spots/register.ipynb #273f5463
+# %% ../../nbs/spots/register.ipynb #e8021b74
+def _said(r, name):
+    "What a registration did, for the title of a picture."
+    if not r.identity: return f"{name}: positions scaled by {r.scale:.4f}, then moved by {r.dx:.1f} and {r.dy:.1f} px"
+    if r.confident: return f"{name}: nothing to correct, the spots are where they should be"
+    return f"{name}: left as given ({'; '.join(r.evidence.get('reasons', ['no evidence']))})"
+
+def _draw_overview(ax, image, xy, frame, colour, title):
+    "A whole slide, thinned out, with its printed frame and its spots."
+    h, w = image.shape[:2]
+    k = max(1, max(h, w)//700)
+    ax.imshow(image[::k, ::k], extent=(-.5, w - .5, h - .5, -.5))
+    if frame: ax.plot(*np.array(frame["corners"]).T, "C1-", lw=1)
+    ax.plot(*xy.T, ".", ms=1.5, color=colour)
+    ax.set_title(title, fontsize=9)
+
+def _draw_part(ax, image, layers, middle, half, title):
+    "A part of a slide with rings at the spots; layers: colour -> (n, 2) positions."
+    x, y = middle
+    left, top = max(int(x - half), 0), max(int(y - half), 0)
+    part = image[top:int(y + half) + 1, left:int(x + half) + 1]
+    h, w = part.shape[:2]
+    ax.imshow(part, extent=(left - .5, left + w - .5, top + h - .5, top - .5))
+    for colour, xy in layers.items(): ax.plot(*xy.T, "o", mfc="none", mec=colour, ms=6)
+    ax.set(xlim=(left - .5, left + w - .5), ylim=(top + h - .5, top - .5))
+    ax.set_title(title, fontsize=9)
+
 def show_registration(
     image,               # (H, W, 3) uint8
     xy,                  # (n, 2) given pixels
     r: Registration,
-    name: str = "",
+    name: str = "slide",
 ):                       # matplotlib Figure
-    "The slide with its frame and its spots before and after, and a part of it."
+    "The slide with its frame (orange) and its spots, before and after where anything changed, and a part of it."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.5), layout="constrained")
-    h, w = image.shape[:2]
-    k = max(1, max(h, w)//700)
-    frame, after = r.evidence.get("frame"), r.apply(xy)
-    x, y = after[np.hypot(*(after - np.median(after, 0)).T).argmin()]
-    half = 5*(r.evidence.get("lattice") or {}).get("pitch_px", w/20)
-    for ax, part, where in zip(axes, ("before", "after", "part"), (xy, after, None)):
-        ax.imshow(image[::k, ::k] if part != "part" else image, extent=(-.5, w - .5, h - .5, -.5))
-        if frame: ax.plot(*np.array(frame["corners"]).T, "C1-", lw=1)
-        if where is not None:
-            ax.plot(*np.asarray(where).T, ".", ms=1.5, color="yellow" if part == "before" else "lime")
-            ax.set_title(f"{name} {part}")
-        ax.set(xlabel="x, pixels", ylabel="y, pixels")
-    axes[2].plot(*np.asarray(xy).T, "o", mfc="none", mec="yellow", ms=6)
-    axes[2].plot(*after.T, "o", mfc="none", mec="lime", ms=6)
-    axes[2].set(xlim=(x - half, x + half), ylim=(y + half, y - half), title="Given (yellow), registered (green)")
+    xy, frame = np.asarray(xy, float), r.evidence.get("frame")
+    after = r.apply(xy)
+    looks = dict(lime=("the spots", after)) if r.identity else dict(yellow=("as given", xy), lime=("registered", after))
+    n = len(looks) + 1
+    fig, axes = plt.subplots(1, n, figsize=(3.4*n, 4), layout="constrained")
+    for ax, (colour, (title, where)) in zip(axes, looks.items()):
+        _draw_overview(ax, image, where, frame, colour, f"{title} ({_COLOUR_NAMES[colour]})")
+    middle = after[np.hypot(*(after - np.median(after, 0)).T).argmin()]
+    half = 5*(r.evidence.get("lattice") or {}).get("pitch_px", image.shape[1]/20)
+    _draw_part(axes[-1], image, {c: where for c, (_, where) in looks.items()}, middle, half, "a part of it")
+    for ax in axes: ax.set_xlabel("x, pixels", fontsize=8)
+    axes[0].set_ylabel("y, pixels", fontsize=8)
+    for ax in axes: ax.tick_params(labelsize=8)
+    fig.suptitle(textwrap.fill(_said(r, name), 45*n), fontsize=9)
     return fig
+
+_COLOUR_NAMES = dict(lime="green", yellow="yellow")
 
 # %% ../../nbs/spots/register.ipynb #d23585f8
 def slide_values(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STOPPED', 'STOP_SIGNALS', 'at_stop', 'end_children', 'stop_on_signals', 'interrupts_held']
 
-# %% ../../nbs/core/stop.ipynb #7c56b3b1
-import contextlib, os, signal, sys
+# %% ../../nbs/core/stop.ipynb #06636b51
+import contextlib, os, signal, time
 
-# %% ../../nbs/core/stop.ipynb #650b7648
+# %% ../../nbs/core/stop.ipynb #46d69717
 STOPPED = "histokit: stopped; run the same command to go on"
 _CLEANERS = []
 
@@ -21,14 +21,23 @@ def at_stop(
     try: yield
     finally: _CLEANERS.remove(clean)
 
-def end_children()->None:
+def _at_work(process):
+    "Whether a process still does anything."
+    import psutil
+    try: return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error: return False
+
+def end_children(
+    patience: float = 3.,    # seconds to wait for them
+)->None:
     "Kill every process that descends from this one, and wait until they are gone."
     import psutil
+    until = time.monotonic() + patience
     for _ in range(2):                              # what was being started during the first round
         children = psutil.Process().children(recursive=True)
         for child in children:
             with contextlib.suppress(psutil.Error): child.kill()
-        psutil.wait_procs(children, timeout=3)
+        while any(map(_at_work, children)) and time.monotonic() < until: time.sleep(.01)
 
 # %% ../../nbs/core/stop.ipynb #29055741
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

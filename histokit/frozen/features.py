@@ -6,7 +6,7 @@
 __all__ = ['weights_sha256', 'model_identity', 'hash_pictures', 'dataset_identity', 'code_sha256', 'code_identity', 'feature_key',
            'view_list', 'cached_features', 'list_features', 'mean_view']
 
-# %% ../../nbs/frozen/features.ipynb #e5bf84f8
+# %% ../../nbs/frozen/features.ipynb #167618b0
 from functools import partial
 from pathlib import Path
 import ast, hashlib, importlib.util, inspect, tempfile, textwrap, time
@@ -19,6 +19,7 @@ import torch
 from .. import __version__
 from ..core.compute import pick_device
 from ..core.files import atomic, cache_dir, file_sha256, plain, read_json, sha256_of, write_json
+from ..core.progress import track
 from ..core.text import BadInput, choose
 from ..learn.batches import loader, predict_batches
 from ..learn.devices import pick_precision
@@ -179,7 +180,7 @@ def _cached_view(
         write_json(file.with_suffix(".json"), dict(identity=identity, **facts, seconds=time.time() - start, **about))
     return np.load(file, mmap_mode="r")
 
-# %% ../../nbs/frozen/features.ipynb #ca498db9
+# %% ../../nbs/frozen/features.ipynb #33e0ae89
 def _encode(encoder, dataset, **how):
     "The features of every row, batch by batch."
     return (features for features, _ in predict_batches(encoder, dataset, encode=True, **how))
@@ -220,7 +221,7 @@ def cached_features(
     place, out = Path(folder or cache_dir()/"features")/feature_key(known), []
     about = dict(source=getattr(encoder, "config", {}).get("source"), device=device, torch=torch.__version__)
     how = dict(batch_size=batch_size, device=device, workers=workers, amp=amp)
-    for v in view_list(views, augmented):
+    for v in track(view_list(views, augmented), "views encoded"):
         which, name = ("seed", v) if augmented else ("view", view_name(v))
         make = partial(_encode, encoder, dataset, **{which: v}, **how)
         out.append(_cached_view(place/f"{which}_{name}.npy", known | {which: name}, make, about, log))

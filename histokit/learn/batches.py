@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'batch_rows', 'balanced_weights', 'checked_weights', 'sampling_weights', 'BatchDataset', 'ahead',
            'seed_step', 'Batches', 'loader', 'to_device', 'predict_batches', 'predict', 'predict_views']
 
-# %% ../../nbs/learn/batches.ipynb #e82b0a9c
+# %% ../../nbs/learn/batches.ipynb #06c60c74
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 import random, zlib
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 import numpy as np
 import torch
 
+from ..core.progress import track
 from ..core.text import BadInput, choose
 from .devices import autocast, call_float32, pick_precision
 from .views import find_view, find_views
@@ -173,7 +174,7 @@ def loader(
     order = batch_rows(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return Batches(dataset, order, seed=seed, workers=workers)
 
-# %% ../../nbs/learn/batches.ipynb #f22d12ba
+# %% ../../nbs/learn/batches.ipynb #17ea3f76
 def to_device(
     inputs: dict,                  # of tensors
     device,
@@ -199,7 +200,9 @@ def predict_batches(
     "The model's answer to each batch of a dataset, in the dataset's order."
     model.to(device).eval()
     change, precision = find_view(view), pick_precision(amp, device)
-    for inputs, target in Batches(dataset, batch_rows(len(dataset), batch_size)[part], seed=seed, workers=workers):
+    order = batch_rows(len(dataset), batch_size)[part]
+    batches = Batches(dataset, order, seed=seed, workers=workers)
+    for inputs, target in track(batches, "batches encoded" if encode else "batches predicted", len(order)):
         inputs = to_device(inputs, device)
         seen = {k: change(v) for k, v in inputs.items() if k.startswith("image")}
         function, given = (model.encode, seen) if encode else (model, inputs | seen)

@@ -6,23 +6,23 @@
 __all__ = ['check_between_slides', 'check_table', 'constant_scores', 'tissue_colour', 'colour_pairs', 'check_stains', 'SlideView',
            'read_views', 'check_views', 'check_file']
 
-# %% ../../nbs/spots/check_file.ipynb #27881a2c
+# %% ../../nbs/spots/check_file.ipynb #fb10030b
 from collections import Counter
 from dataclasses import dataclass
 
-import h5py
 import numpy as np
 import pandas as pd
 import torch
 
-from ..core.checks import attempt, error, has_error, note, warning, worst_first
+from ..core.checks import attempt, error, from_error, has_error, note, warning, worst_first
+from ..core.hdf5 import open_h5
 from ..learn.scores import mean_spearman
 from ..learn.views import dihedral
 from .check_slides import (PixelSummary, check_sparsity, check_targets, lattice_turn, pixel_findings,
     spot_findings, summarise_pixels, tissue_findings)
 from .ladder import held_out_constants
 from .lattice import LATTICE_UM
-from .layout import SPLITS, check_image, h5_child, is_target, open_h5
+from .layout import Walk, check_image, is_target, walk_slides
 from .slides import DataFactory, SlideInfo, check_inside, slide_info
 from .splits import assign_folds
 from ..tissue.colour import colour_difference, rgb_to_od
@@ -224,7 +224,7 @@ def check_stains(
     return [*out, note(f"{mean}, {pairs[a, b]:.1f} between {a} and {b} (CIE 1976)",
         "01_stain brings slides to one stain; a difference below 2 is hardly seen", "images")]
 
-# %% ../../nbs/spots/check_file.ipynb #9c328820
+# %% ../../nbs/spots/check_file.ipynb #d0566dc9
 @dataclass
 class SlideView:
     "What could be read of a slide; None where it could not."
@@ -244,24 +244,6 @@ class SlideView:
         if self.table is None or self.table.empty: return None
         xy = self.table[["x", "y"]].to_numpy()
         return xy if np.isfinite(xy).all() else None
-
-def _listed_slides(h5, out):
-    "(name, Train or Test) of all slides that are named anywhere in the file; `out` grows by what is missing."
-    names = {}
-    for top, other in (("spots", "images"), ("images", "spots")):
-        group = attempt(out, "", h5_child, h5, top)
-        if group is None: continue
-        beside = h5.get(other)
-        for part in SPLITS:
-            if part == "Test" and part not in group and (beside is None or part not in beside): continue
-            inner = attempt(out, "", h5_child, group, part)
-            names |= {(name, part): None for name in inner or ()}
-    return list(names)
-
-# %% ../../nbs/spots/check_file.ipynb #8aac635c
-def _open_part(h5, view, name, top, out):
-    "A slide's dataset under spots or images; None where it is missing."
-    return attempt(out, "", lambda: h5_child(h5_child(h5_child(h5, top), view.split), name, h5py.Dataset))
 
 def _view_spots(spots, view):
     "Read the spots into the view."
@@ -286,12 +268,17 @@ def _view_tissue(view):
     more, view.share = found or ([], float("nan"))
     return out + more
 
-# %% ../../nbs/spots/check_file.ipynb #18be6368
-def _read_view(h5, name, part, budget):
+# %% ../../nbs/spots/check_file.ipynb #f3e66e8f
+def _note_findings(notes):
+    "Sentences on what was ignored, each beginning with its place, as findings."
+    for place, _, what in (n.partition(": ") for n in notes):
+        yield warning(what, "mend the attribute, or delete it" if " attribute " in what else "", place)
+
+def _read_view(h5, place, budget):
     "All that is wrong with one slide, and what could be read of it (SlideView); reads `budget` pixel values at most."
-    view, where = SlideView(str(name), part), f"{part}/{name}"
-    out = []
-    spots, image = (_open_part(h5, view, name, top, out) for top in ("spots", "images"))
+    name, part, spots, image = place.name, place.split, place.spots, place.image
+    view, where = SlideView(name, part), f"{part}/{name}"
+    out, notes = [], []
     if image is not None: view.shape, view.dtype = image.shape, image.dtype
     if spots is not None: out += _view_spots(spots, view)
     if image is None: return out, view
@@ -300,7 +287,8 @@ def _read_view(h5, name, part, budget):
     if len(out) > before: return out, view
     out += _view_pixels(image, view, budget)
     if view.xy is None: return out, view
-    view.info = attempt(out, f"images/{where}", slide_info, name, part, view.table, image, (spots, h5))
+    view.info = attempt(out, f"images/{where}", slide_info, name, part, view.table, image, (spots, h5), notes)
+    out += _note_findings(notes)
     attempt(out, f"spots/{where}", check_inside, view.xy, *image.shape[:2], f"spots/{where}")
     if view.pixels is not None and not has_error(out): out += _view_tissue(view)
     return out, view
@@ -314,16 +302,17 @@ def read_views(
     h5 = attempt(out, "", open_h5, path)
     if h5 is None: return out, views
     with h5:
-        slides = attempt(out, "", _listed_slides, h5, out) or []
-        for name, part in slides:
-            each = max(1 << 22, budget // len(slides))
-            read = attempt(out, f"{part}/{name}", _read_view, h5, name, part, each)
-            found, view = read or ([], SlideView(str(name), part))
+        walk = attempt(out, "", walk_slides, h5) or Walk()
+        out += [*map(from_error, walk.troubles), *_note_findings(walk.notes)]
+        for place in walk.places:
+            each = max(1 << 22, budget // len(walk.places))
+            read = attempt(out, f"{place.split}/{place.name}", _read_view, h5, place, each)
+            found, view = read or ([], SlideView(place.name, place.split))
             out += found
             views.append(view)
     return out, views
 
-# %% ../../nbs/spots/check_file.ipynb #a588323c
+# %% ../../nbs/spots/check_file.ipynb #31f86b8b
 def _storage_notes(views):
     "How pictures and spots are stored."
     seen, types = {}, Counter()
@@ -341,6 +330,7 @@ def _compared(path, views, known):
     out, summaries = [], {v.name: v.pixels for v in views if v.pixels is not None}
     factory = attempt(out, "", DataFactory, path)
     if factory is None: return [] if known else out        # what is known already says it better
+    out += _note_findings(factory.notes)
     shares = {v.name: v.share for v in views}
     for check in (lambda: check_between_slides(factory, summaries), lambda: check_table(factory),
         lambda: [*_table_notes(factory, shares)], lambda: check_stains(summaries), lambda: [*_storage_notes(views)]):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_report']
 
-# %% ../../nbs/spots/check_page.ipynb #ca19efc7
+# %% ../../nbs/spots/check_page.ipynb #927026c0
 from collections import Counter
 from pathlib import Path
 
@@ -14,11 +14,12 @@ import pandas as pd
 
 from ..core.checks import FINDING_LEVELS, attempt, html_findings
 from ..core.files import atomic
+from ..core.hdf5 import open_h5
 from ..core.page import Html, escaped, html_figure, html_gallery, html_table, page
+from ..core.progress import track
 from ..core.table import as_texts
 from ..learn.scores import row_ranks
 from .check_file import SlideView, check_views, colour_pairs, constant_scores, read_views, tissue_colour
-from .layout import open_h5
 from .maps import show_targets
 
 # %% ../../nbs/spots/check_page.ipynb #59b5e632
@@ -166,7 +167,7 @@ def _constant_part(values, slide):
     table = html_table(rows, stacked=True)
     return f"<h3>What a constant scores</h3><p>{said}</p>{table}"
 
-# %% ../../nbs/spots/check_page.ipynb #75ba5b4f
+# %% ../../nbs/spots/check_page.ipynb #0d8f8868
 def _content(f, *args):
     "What f gives; where a damaged file does not let it be made, the reason."
     failed = []
@@ -199,7 +200,7 @@ def _report_page(
         "Slides": lambda: html_table([_slide_row(v) for v in views], stacked=True),
         "Where the spots are": lambda: _gallery(views), "Stain": lambda: _stain_part(views),
         "Targets": lambda: _target_part(views, _cell_types(data_path))}
-    sections = [(title, _content(part)) for title, part in parts.items()]
+    sections = [(title, _content(part)) for title, part in track(parts.items(), "parts of the page drawn")]
     return page(name, sections, _lead(data_path, views, findings), f"{name}: histokit check")
 
 # %% ../../nbs/spots/check_page.ipynb #e82b55dd

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['register_slides', 'prepare_spots', 'split_note', 'write_prepared', 'draw_prepared']
 
-# %% ../../nbs/spots/prepare.ipynb #0f2d86a8
+# %% ../../nbs/spots/prepare.ipynb #a6291103
 from dataclasses import asdict
 
 import pandas as pd
 
+from ..core.progress import track
 from ..core.runs import RunFolder
 from .maps import rank_map, show_slides, show_targets
 from .register import move_spots, register, registration_modes, show_registration, slide_values
@@ -17,14 +18,15 @@ from .settings import SplitSettings
 from .slides import DataFactory, spots_on_tissue
 from .splits import assign_folds, is_divided, resolve_split, show_folds
 
-# %% ../../nbs/spots/prepare.ipynb #213f4dfd
+# %% ../../nbs/spots/prepare.ipynb #212bef72
 def register_slides(
     factory: DataFactory,      # its spots are moved in place
     registration: str = "auto",# auto, off, or scale,dx,dy; S_1:off;S_2:0.93,0,0 for some slides
 )->dict:                       # slide -> Registration
     "Measure each slide's scale and shift, and move its spots where they are clear."
     modes = registration_modes(registration, factory.names())
-    found = {n: register(factory.read_slide(n), *slide_values(factory, n), mode=modes[n]) for n in factory.names()}
+    measure = lambda n: register(factory.read_slide(n), *slide_values(factory, n), mode=modes[n])
+    found = {n: measure(n) for n in track(factory.names(), "slides registered")}
     for name, moved in found.items(): move_spots(factory, name, moved)
     return found
 

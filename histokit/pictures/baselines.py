@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WINDOW', 'NOT_METADATA', 'COMPONENTS', 'INVERSE_PENALTY', 'picture_windows', 'small_pictures', 'thumbnails',
            'grey_histograms', 'orientation_votes', 'oriented_gradients', 'hog_features', 'metadata_columns',
-           'metadata_features', 'label_in_other_words', 'fit_logistic', 'logistic_out_of_fold', 'baseline_rungs']
+           'metadata_features', 'label_in_other_words', 'logistic_out_of_fold', 'baseline_rungs']
 
 # %% ../../nbs/pictures/baselines.ipynb #4e5bd4b2
 import numpy as np
@@ -120,9 +120,9 @@ def hog_features(
         out.append(oriented_gradients(grey[:, 0], cell).flatten(1))
     return torch.cat(out).numpy()
 
-# %% ../../nbs/pictures/baselines.ipynb #e361bdba
-NOT_METADATA = ("id", "file", "split", "label", "truth", "patient", "group", "row", "fold", "path", "width", "height",
-    "bytes", "content", "phash")
+# %% ../../nbs/pictures/baselines.ipynb #50ac2155
+NOT_METADATA = ("id", "file", "split", "label", "truth", "patient", "group", "row", "fold", "damaged", "path", "width",
+    "height", "bytes", "content", "phash")
 
 def metadata_columns(
     items,               # data frame, a row for each picture
@@ -173,7 +173,7 @@ def label_in_other_words(
         if name not in keep and len(pure) > 1 and pure.all() and several.mean() > .5: found.append(name)
     return found
 
-# %% ../../nbs/pictures/baselines.ipynb #68cdfa3c
+# %% ../../nbs/pictures/baselines.ipynb #6aa3a79c
 COMPONENTS, INVERSE_PENALTY = 64, 10.
 
 def _constant(y, classes):
@@ -181,7 +181,7 @@ def _constant(y, classes):
     share = np.bincount(y, minlength=classes) / max(len(y), 1)
     return lambda x: np.tile(share, (len(x), 1))
 
-def fit_logistic(
+def _fit_simple(
     x,                   # (n, D) features
     y,                   # (n,) class numbers
     classes: int = 2,    # how many there are
@@ -199,13 +199,13 @@ def fit_logistic(
         return out
     return answer
 
-# %% ../../nbs/pictures/baselines.ipynb #312fdf69
+# %% ../../nbs/pictures/baselines.ipynb #a949036b
 def _one_label(x, y, fold, classes):
     "(n, classes) out-of-fold probabilities of one question; NaN in no fold."
     out = np.full((len(y), classes), np.nan)
     for _, train, held in each_fold(fold):
         known = train[y[train] >= 0]
-        out[held] = fit_logistic(x[known], y[known], classes)(x[held])
+        out[held] = _fit_simple(x[known], y[known], classes)(x[held])
     return out
 
 def logistic_out_of_fold(

@@ -39,7 +39,7 @@ def _decoded(data):
         line = data[:e.start].count(b"\n") + 1
         raise ValueError(f"line {line} is not UTF-8, byte {data[e.start]:#04x}: save it as CSV UTF-8") from None
 
-# %% ../../nbs/core/table.ipynb #c0578cb9
+# %% ../../nbs/core/table.ipynb #574452af
 def _cuts(lines, separator):
     "Whether it cuts the first lines of a table into equally many fields, or one fewer in the line of names."
     counts = [len(row) for row in csv.reader(lines, delimiter=separator)]
@@ -50,7 +50,7 @@ def _separator(text):
     "What separates the columns of a text table; any white space where nothing else does."
     lines = [line for line in text[:200_000].splitlines() if line][:6]
     if len(text) > 200_000 and len(lines) > 1: lines = lines[:-1]        # the last may be cut off
-    equal = [s for s in "\t;," if _cuts(lines, s)]
+    equal = [s for s in "\t;,|" if _cuts(lines, s)]
     unquoted = re.sub(r'"[^"]*"', "", lines[0]) if lines else ""
     return next(iter(equal or [s for s in "\t;," if s in unquoted]), r"\s+")
 

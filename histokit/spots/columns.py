@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BARCODE_NAMES', 'SAMPLE_NAMES', 'VALUE_NAMES', 'Column', 'read_column', 'check_notation', 'plain_name', 'first_named',
-           'is_no_type', 'doubtful_types', 'like_positions', 'chosen']
+           'is_no_type', 'doubtful_types', 'like_positions', 'chosen', 'listed']
 
 # %% ../../nbs/spots/columns.ipynb #4be08175
 import re
@@ -76,7 +76,7 @@ def read_column(
     if found.kind != "numbers": return _misfit(column.name, texts, given, "mixes percentages and words")
     return found._replace(values=found.values / 100, percent=True)
 
-# %% ../../nbs/spots/columns.ipynb #4d5b1d05
+# %% ../../nbs/spots/columns.ipynb #6b855ad5
 def check_notation(
     table,            # as it was read
     columns: dict,    # name -> Column: those that are to be used
@@ -97,8 +97,12 @@ def check_notation(
         what = f"'{shown}' of column {commas[0]} may be {shown.replace(',', '.')} or {shown.replace(',', '')}"
         raise BadInput(f"{where}: {what}; write numbers with a point and thousands without a mark")
     said = ["numbers are written with a decimal comma"] if commas else []
-    percent = [name for name, c in columns.items() if c.percent]
-    return said + ([f"percentages, 12% counts as 0.12: {some_of(percent, 6)}"] if percent else [])
+    percent = [c.percent for c in columns.values()]
+    if any(percent) and not all(percent):
+        names = list(columns)
+        what = f"column {names[percent.index(True)]} is in percent, column {names[percent.index(False)]} is not"
+        raise BadInput(f"{where}: {what}; {mend}")
+    return said + (["percentages: 12% counts as 0.12"] if any(percent) else [])
 
 def _has_point(column):
     return column.dtype.kind not in "iufb" and column.astype(str).str.contains(".", regex=False).any()
@@ -223,3 +227,11 @@ def chosen(
             if part not in there: raise BadInput(f"{where}: {what}: no column '{part}'{did_you_mean(part, there)}")
             out.append(there[part])
     return list(dict.fromkeys(out))
+
+# %% ../../nbs/spots/columns.ipynb #2188f059
+def listed(
+    names,             # of columns
+    most: int = 40,    # how many are named
+)->str:
+    "Names in a sentence, in quotes where they hold a comma."
+    return some_of([f"'{n}'" if "," in str(n) else n for n in names], most)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['put_element', 'read_h5ad_slide', 'library_entry', 'write_h5ad', 'export_run']
 
-# %% ../../nbs/spots/h5ad.ipynb #1d047486
+# %% ../../nbs/spots/h5ad.ipynb #b49752bf
 from pathlib import Path
 
 import h5py
@@ -16,10 +16,11 @@ from ..core.files import atomic
 from ..core.pictures import as_uint8
 from ..core.table import as_texts, number_column
 from ..core.text import BadInput, choose, did_you_mean, one_line
+from .columns import SAMPLE_NAMES, plain_name
 from .layout import SPLITS, open_h5
 from .results import run_predictions
 from .spaceranger import RawSlide, positive_factors, shrink_picture
-from .tables import CELL2LOCATION_PREFIX
+from .tables import CELL2LOCATION_PREFIX, check_one_sample, one_sample
 
 # %% ../../nbs/spots/h5ad.ipynb #7d37e36a
 def _mark(item, kind, version="0.2.0", **more):
@@ -84,7 +85,7 @@ def _element(item):
     what = f"{item.name} is stored in a form that is not read here ('{kind}')"
     raise BadInput(f"{item.file.filename}: {what}; write the file again with a current anndata")
 
-# %% ../../nbs/spots/h5ad.ipynb #114b4035
+# %% ../../nbs/spots/h5ad.ipynb #6836943b
 def _check_layout(h5, path):
     "`BadInput` unless the parts that a slide needs are there."
     for need in ("obs", "obsm/spatial", "uns/spatial"):
@@ -102,13 +103,29 @@ def _one_library(libraries, library, path):
         raise BadInput(f"{what}; choose one with library")
     return choose(library or next(iter(libraries)), list(libraries), "library")
 
-def _own_rows(obs, library, path):
-    "Which spots are of this slide: those of the first column that has its name."
+_SPOT = "name of the spot"        # what the index of obs becomes as a column
+
+def _rows_of_sample(obs, sample, path):
+    "Where the spots of one sample are, by a column of obs or by their names; all where no sample is asked for."
+    table, where = obs.reset_index(drop=True).assign(**{_SPOT: obs.index.map(str)}), f"{path}: obs"
+    if not sample:
+        check_one_sample(table, _SPOT, where)
+        return np.ones(len(obs), bool)
+    rows = one_sample(table.assign(row=np.arange(len(obs))), _SPOT, sample, where)[0]["row"]
+    return np.isin(np.arange(len(obs)), rows)
+
+def _own_rows(obs, libraries, library, sample, path):
+    "Which spots are of this slide: those of the first column that has its name, or of the sample asked for."
     texts = [c for c in obs if not pd.api.types.is_numeric_dtype(obs[c])]
-    column = next((c for c in texts if obs[c].eq(library).any()), None)
-    if column is not None: return obs[column].eq(library).to_numpy(bool)
+    called = [c for c in texts if plain_name(c) in SAMPLE_NAMES]
+    asked = called if len(libraries) == 1 else called + texts
+    column = next((c for c in asked if obs[c].eq(library).any()), None)
+    if len(libraries) == 1 and (sample or column is None): return _rows_of_sample(obs, sample, path)
+    own = np.zeros(len(obs), bool) if column is None else obs[column].eq(library).to_numpy(bool)
+    if sample: own &= _rows_of_sample(obs, sample, path)
+    if own.any(): return own
     what = f"no column of obs says which spots belong to '{library}'"
-    raise BadInput(f"{path}: {what}; add one, such as library_id")
+    raise BadInput(f"{path}: {what}{f' and sample {sample!r}' if sample else ''}; add one, such as library_id")
 
 def _h5ad_positions(h5, obs, own, path):
     "barcode, in_tissue, x, y of the slide's spots."
@@ -156,14 +173,14 @@ def _h5ad_tables(h5, obs, own, key, path):
         raise BadInput(f"{path}: no table '{key}'{did_you_mean(key, tables)}; {mend}")
     return tables
 
-# %% ../../nbs/spots/h5ad.ipynb #97e131ab
-def _read_h5ad(path, library, targets):
+# %% ../../nbs/spots/h5ad.ipynb #34158907
+def _read_h5ad(path, library, targets, sample):
     "A slide of an open file."
     with open_h5(path) as h5:
         _check_layout(h5, path)
         libraries, obs = h5["uns/spatial"], _element(h5["obs"])
         library = _one_library(libraries, library, path)
-        own = _own_rows(obs, library, path) if len(libraries) > 1 else np.ones(len(obs), bool)
+        own = _own_rows(obs, libraries, library, sample, path)
         positions = _h5ad_positions(h5, obs, own, path)
         given = libraries[library].get("scalefactors", {})
         factors = {k: v[()] for k, v in given.items() if isinstance(v, h5py.Dataset) and v.shape == ()}
@@ -176,9 +193,10 @@ def read_h5ad_slide(
     path,                # .h5ad with obsm['spatial'] and uns['spatial']
     library: str = "",   # which slide of uns['spatial'], where there are several
     targets=None,        # the table asked for: only its own is read
+    sample: str = "",    # of a file with one picture and spots of several samples: whose
 )->RawSlide:
     "A slide kept in an AnnData file; its tables are the entries of obsm, and obs:BEGINNING for columns of obs."
-    try: return _read_h5ad(Path(path), library, targets)
+    try: return _read_h5ad(Path(path), library, targets, sample)
     except BadInput: raise
     except (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError) as e:
         mend = "it is damaged, or not laid out as AnnData: copy it again, or write it with a current anndata"

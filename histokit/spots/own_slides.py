@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ImportSettings', 'Imported', 'import_visium', 'show_import']
 
-# %% ../../nbs/spots/own_slides.ipynb #b09d29f2
+# %% ../../nbs/spots/own_slides.ipynb #fcc2d5d5
 import re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +16,16 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import atomic
-from ..core.table import as_texts, read_text_table
+from ..core.hdf5 import names_attribute, open_h5
+from ..core.pixels import as_picture
+from ..core.table import read_text_table
 from ..core.text import BadInput, choose, did_you_mean, some_of
 from .cards import draw_spots
 from .columns import like_positions
 from .h5ad import read_h5ad_slide
+from .check_slides import pixel_findings, summarise_pixels
 from .lattice import measure_lattice
-from .layout import SPLITS, is_target, open_h5
+from .layout import SPLITS, is_target, walk_slides
 from .slides import DataFactory, check_inside, on_tissue
 from .spaceranger import choose_image, physical_scale, read_outs, shrink_picture
 from .tables import Choice, as_proportions, lies_sideways, match_barcodes
@@ -65,15 +68,15 @@ class ImportSettings:
             mend = "without one, import it as a test slide"
             raise BadInput(f"a training slide needs targets, a table of its cell types; {mend}")
 
-# %% ../../nbs/spots/own_slides.ipynb #94a33345
+# %% ../../nbs/spots/own_slides.ipynb #17f4df80
 def _known_types(
     h5,              # open file
 )->list:             # names of C1, C2, …; [] when no training slide is there yet
     "The cell types of a file, by name."
-    train = h5.get("spots/Train") or {}
-    n = max((sum(is_target(c) for c in s.dtype.names or ()) for s in train.values()), default=0)
-    names = as_texts(h5.attrs.get("cell_types", [])).tolist()
-    return names if n and len(names) == n else [f"C{i + 1}" for i in range(n)]
+    train = [p.spots for p in walk_slides(h5).places if p.split == "Train" and p.spots is not None]
+    n = max((sum(is_target(c) for c in spots.dtype.names or ()) for spots in train), default=0)
+    names = names_attribute(h5, "cell_types", n)[0] if n else []
+    return names or [f"C{i + 1}" for i in range(n)]
 
 def _align_types(
     table,           # (spots, types)
@@ -128,26 +131,35 @@ def _place_spots(
     doubt = f"only {said}; is it the picture of this slide, not turned or mirrored?"
     return at, [said], [doubt] if share < .7 else []
 
-# %% ../../nbs/spots/own_slides.ipynb #10915166
+# %% ../../nbs/spots/own_slides.ipynb #6473008a
 class _Scaled(NamedTuple):
     "A picture, and how the positions are scaled to it."
     pixels: np.ndarray   # (H, W, 3) uint8
     scale: float         # its pixels for each full-resolution pixel
     label: str           # which picture it is
+    doubts: tuple = ()   # sentences to warn with
+
+def _picture_doubts(pixels, where):
+    "What `check` would say of a picture: an error is raised, warnings are given."
+    found = pixel_findings(summarise_pixels(as_picture(pixels)), where)
+    for f in found:
+        if f.level == "error": raise BadInput(f"{where} {f.what}; {f.mend}")
+    return [f"{where} {f.what}; {f.mend}" for f in found if f.level == "warning"]
 
 def _scaled_picture(
     source,               # RawSlide
     um: float,            # µm per full-resolution pixel
     settings: ImportSettings,
 )->_Scaled:
-    "The picture that an import takes."
-    pixels, scale, label = choose_image(source, settings.image, settings.scale)
-    if not settings.reduce_to: return _Scaled(pixels, scale, label)
+    "The picture that an import takes; `BadInput` where `check` would call it an error."
+    pixels, scale, label = choose_image(source, settings.image, settings.scale, notes := [])
+    doubts = tuple(f"{label}: {n}" for n in notes) + tuple(_picture_doubts(pixels, label))
+    if not settings.reduce_to: return _Scaled(pixels, scale, label, doubts)
     if not np.isfinite(um): raise BadInput("reduce_to needs the scale of the slide, which is not known; leave it out")
     factor = min(um / scale / settings.reduce_to, 1.)
-    return _Scaled(shrink_picture(pixels, factor), scale * factor, label)
+    return _Scaled(shrink_picture(pixels, factor), scale * factor, label, doubts)
 
-# %% ../../nbs/spots/own_slides.ipynb #b34c164c
+# %% ../../nbs/spots/own_slides.ipynb #e5e273f2
 def _raw_targets(source, targets):
     "The table of cell types as it was written, and its name for messages."
     if isinstance(targets, pd.DataFrame): return _with_index(targets), "targets"
@@ -200,7 +212,8 @@ def _with_targets(
     if lies_sideways(raw.columns[1:], barcodes):
         raw = raw.set_index(raw.columns[0]).T.rename_axis("barcode", axis=0).rename_axis(None, axis=1).reset_index()
     choice = Choice(settings.types, settings.without)
-    table, said = as_proportions(raw, where, settings.sample, choice)
+    own = isinstance(targets, str) and targets in source.tables          # cut to the sample when it was read
+    table, said = as_proportions(raw, where, "" if own else settings.sample, choice)
     rows, how = match_barcodes(barcodes, list(table.index), where)
     found = rows >= 0
     spots, mine = spots[found], table.iloc[rows[found]]
@@ -288,11 +301,11 @@ def _add_slide(result, slide, append):
         else: result.warnings.append("the file has no training slide yet; add one before it is used")
     return result
 
-# %% ../../nbs/spots/own_slides.ipynb #9b0f5f58
+# %% ../../nbs/spots/own_slides.ipynb #febc7700
 def _read_source(path, targets, settings):
     "The slide before it is imported, from an .h5ad file or a Space Ranger folder."
-    if Path(path).suffix.lower() == ".h5ad": return read_h5ad_slide(path, settings.library, targets)
-    return read_outs(path, settings.bin_um)
+    if Path(path).suffix.lower() != ".h5ad": return read_outs(path, settings.bin_um)
+    return read_h5ad_slide(path, settings.library, targets, settings.sample)
 
 def _facts(source, um, picture, settings):
     "What is kept with the picture: µm per pixel, pixels across a spot, the patient, and which picture it was."
@@ -320,7 +333,7 @@ def import_visium(
     said = [f"picture: {picture.label}", *said, *own.said, *placed]
     shape = picture.pixels.shape[:2]
     result = Imported(str(out), settings.name, settings.split, len(spots), [], *shape, um / picture.scale)
-    result.said, result.warnings = said, warned + own.doubts + doubts
+    result.said, result.warnings = said, warned + [*picture.doubts] + own.doubts + doubts
     if settings.split == "Test": table = None
     facts = _facts(source, um, picture, settings)
     return _add_slide(result, _NewSlide(picture.pixels, xy, table, spots.barcode, facts), settings.append)

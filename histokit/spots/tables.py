@@ -6,7 +6,7 @@
 __all__ = ['CELL2LOCATION_PREFIX', 'sample_marks', 'one_sample', 'check_one_sample', 'Choice', 'as_proportions', 'match_barcodes',
            'lies_sideways']
 
-# %% ../../nbs/spots/tables.ipynb #8324ea42
+# %% ../../nbs/spots/tables.ipynb #19d77056
 import re
 from collections import Counter
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import pandas as pd
 from ..core.table import is_missing
 from ..core.text import BadInput, some_of
 from .columns import (BARCODE_NAMES, SAMPLE_NAMES, VALUE_NAMES, check_notation, chosen, doubtful_types,
-    first_named, is_no_type, plain_name, read_column)
+    first_named, is_no_type, listed, plain_name, read_column)
 
 # %% ../../nbs/spots/tables.ipynb #a2b4ea84
 _CORE = re.compile(r"[ACGTN]{12,}|s_\d{3}um_\d+_\d+|(?<![\d.])\d+(?:\.\d+)?x\d+(?:\.\d+)?", re.I)      # Visium, HD, ST
@@ -93,7 +93,7 @@ def check_one_sample(
         each = some_of([f"'{mark}' {n} times" for mark, n in marks], 4)
         raise BadInput(f"{where}: its barcodes are of {len(marks)} samples (around the bases stand {each}); {mend}")
 
-# %% ../../nbs/spots/tables.ipynb #ff29be9f
+# %% ../../nbs/spots/tables.ipynb #91aef103
 CELL2LOCATION_PREFIX = re.compile(      # a quantile, the mean or the deviation of the posterior
     r"^(q05|q95|means|stds)_?cell_abundance_w_sf_")
 
@@ -131,13 +131,13 @@ def _wide(table, key, choice, where):
     said = [f"of cell2location's posterior: {part}"] if part else []
     said += check_notation(table, read, where)
     others = [str(c) for c in table.columns if c not in read and c != key]
-    if others: said.append(f"columns left out: {some_of(others, 20)}")
+    if others: said.append(f"columns left out: {listed(others)}")
     if bad := [c for c, v in read.items() if v.kind == "words"]:
         raise BadInput(f"{where}: column {bad[0]} holds no numbers; leave it out of types")
     out = pd.DataFrame({c: v.values for c, v in read.items()}, index=table[key].map(str).str.strip().to_numpy())
     return out.set_axis(_without_prefix(out.columns), axis=1), said
 
-# %% ../../nbs/spots/tables.ipynb #f38b14e0
+# %% ../../nbs/spots/tables.ipynb #559753fa
 _KIND_NAMES = ("cell_type", "celltype", "cell_types", "celltypes", "type", "annotation", "cell", "variable", "level_1",
     "cluster")
 
@@ -171,7 +171,7 @@ def _long(table, key, kind, choice, where):
     out = pd.DataFrame(cells).pivot(index="spot", columns="kind", values="value")[list(dict.fromkeys(cells["kind"]))]
     types = _select(list(out.columns), choice, where)
     others = [str(c) for c in (*out.columns, *table) if c not in (key, kind, value, *types)]
-    if others: said.append(f"left out: {some_of(others, 20)}")
+    if others: said.append(f"left out: {listed(others)}")
     missing = int(out[types].isna().sum().sum())
     if missing: said.append(f"{missing} pairs of spot and type are not listed and count as 0")
     out = out[types].fillna(0.).rename_axis(None).rename_axis(None, axis=1)
@@ -239,7 +239,7 @@ def _check_types(table, choice, where):
     mend = "leave columns out with without, or name the types with types ('all' takes every column)"
     raise BadInput(f"{where}: not every column looks like a cell type: {which}; {mend}")
 
-# %% ../../nbs/spots/tables.ipynb #f5865d0c
+# %% ../../nbs/spots/tables.ipynb #2e3eb9ae
 def as_proportions(
     table,               # as read: barcodes, types and numbers in any of the known shapes
     where: str,          # for messages
@@ -264,7 +264,10 @@ def as_proportions(
         raise BadInput(f"{where}: no column of numbers; is it a table of cell types? {what}")
     _check_proportions(out, where)
     _check_types(out, choice, where)
-    return out.astype(np.float64), [*said, *more, f"{out.shape[1]} cell types: {some_of(out.columns, 40)}"]
+    empty = out.columns[(out == 0).all()]
+    said += [*more, f"{out.shape[1]} cell types: {listed(out.columns)}"]
+    if len(empty): said.append(f"0 in every spot: {listed(empty)}")
+    return out.astype(np.float64), said
 
 # %% ../../nbs/spots/tables.ipynb #a9366ac8
 def match_barcodes(

@@ -15,11 +15,12 @@ import torch
 from scipy.ndimage import map_coordinates, uniform_filter
 from torchvision.transforms.v2.functional import resize
 
+from histokit.core.hdf5 import open_h5
 from histokit.core.text import BadInput
 from histokit.learn.trainer import Trainer
 from histokit.learn.views import dihedral
 from histokit.spots.cache import SlideCache
-from histokit.spots.layout import open_h5, slide_paths
+from histokit.spots.layout import slide_paths
 from histokit.spots.patches import Augmentation, HESpotDataset, PatchSampler, cut_patch, mirror
 from histokit.spots.sampling import Atlas, aim, colour_mix, fold, halve, pack_rgb, sample_torch, unpack_rgb
 

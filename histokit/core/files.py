@@ -176,7 +176,7 @@ def read_json(
     except OSError as e: raise read_error(path, e) or BadInput(f"{path} cannot be read: {one_line(e)}") from None
     except ValueError as e: raise BadInput(f"{path} is not readable JSON: {one_line(e)}") from None
 
-# %% ../../nbs/core/files.ipynb #8d41fc2b
+# %% ../../nbs/core/files.ipynb #368c7c40
 def write_table(
     path,      # ends in .parquet or .csv
     table,     # pandas DataFrame
@@ -192,8 +192,7 @@ def save_figure(
     dpi: int = 100,
 )->Path:
     "Write a figure, whole or not at all."
-    laid_out = fig.get_layout_engine() is not None      # then nothing lies outside, and no second look is needed
-    with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, bbox_inches=None if laid_out else "tight")
+    with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, bbox_inches="tight")
     return Path(path)
 
 # %% ../../nbs/core/files.ipynb #4a1d7ba5

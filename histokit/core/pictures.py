@@ -381,7 +381,7 @@ def _open_tiff(path):
         stack.pop_all()                                              # it stays open for the picture
     return picture, ""
 
-# %% ../../nbs/core/pictures.ipynb #02ae07cc
+# %% ../../nbs/core/pictures.ipynb #87c31b86
 def _kind_of(path):
     "tiff, dicom or \"\", by a file's first bytes; `BadInput` where it is no file that can be read."
     try:
@@ -430,10 +430,12 @@ def read_stored(
     with _open_any(path, least) as picture: return picture[:, :]
 
 def read_rgb(
-    path,          # as for `open_picture`
-)->np.ndarray:     # (H, W, 3) uint8; what is transparent becomes white
+    path,                # as for `open_picture`
+    notes: list = None,  # grows by what was guessed, or left out
+)->np.ndarray:           # (H, W, 3) uint8; what is transparent becomes white
     "All pixels of a picture file as RGB; `BadInput` where they are of no known kind."
-    pixels = read_picture(path)
+    with open_picture(path) as picture: pixels = picture[:, :]
+    if notes is not None: notes += picture.notes
     check_range(pixels, str(path))
     return as_rgb(pixels, str(path))
 

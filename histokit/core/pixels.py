@@ -161,7 +161,7 @@ def check_range(
         if _settled(low, high, dtype): break
     if trouble := range_trouble(low, high, dtype): raise BadInput(f"{where} {'; '.join(trouble)}")
 
-# %% ../../nbs/core/pixels.ipynb #0f259b2c
+# %% ../../nbs/core/pixels.ipynb #52bf9ff2
 def spread_bits(
     part,                  # uint16
     bits: int,             # 9 to 16: of which only so many are used
@@ -170,7 +170,7 @@ def spread_bits(
     "Values of 10, 12 or 14 bits as values of 16; `BadInput` where one needs more bits."
     top = 2**bits - 1
     if part.size and part.max() > top:
-        raise BadInput(f"{where} has values up to {part.max()}, more than {bits} bits hold; give the right number of bits")
+        raise BadInput(f"{where} has values up to {part.max()}, more than {bits} bits hold; give more bits")
     return (part.astype(np.uint32) * 65535 // top).astype(np.uint16)
 
 # %% ../../nbs/core/pixels.ipynb #21dbf45b

@@ -13,9 +13,10 @@ from pathlib import Path
 from torch.utils.data import get_worker_info
 import numpy as np
 
-from ..core.pictures import as_uint8
+from ..core.hdf5 import open_h5, reading
+from ..core.pixels import as_uint8, check_range
 from ..core.text import BadInput, choose
-from .layout import check_image, open_h5, read_slide, reading, slide_paths
+from .layout import check_image, read_slide, slide_paths
 
 # %% ../../nbs/spots/cache.ipynb #e477850a
 def _held_whole(sizes, budget):
@@ -77,6 +78,7 @@ class SlideCache:
             self.paths = slide_paths(h5, spots=False)
             for name, place in self.paths.items():
                 check_image(h5[place])
+                with reading(place): check_range(h5[place], place)
                 self.shapes[name], self.tiles[name] = h5[place].shape, _tile_shape(h5[place], self.tile_px)
         self.slot_bytes = max(3 * h * w for h, w in self.tiles.values())
         if self.max_bytes < self.slot_bytes:

@@ -8,10 +8,11 @@ __all__ = ['thumbnail', 'draw_spots', 'html_slide', 'html_factory', 'html_split'
 # %% ../../nbs/spots/cards.ipynb #464dbb33
 import numpy as np
 
+from ..core.hdf5 import open_h5
 from ..core.page import Html, card, montage
-from ..core.pictures import as_uint8
+from ..core.pixels import as_uint8
 from ..core.text import BadInput, some_of
-from .layout import SPLITS, open_h5
+from .layout import SPLITS
 
 # %% ../../nbs/spots/cards.ipynb #2fab1a6e
 def _sampled(dataset, step, where):

@@ -6,7 +6,7 @@
 __all__ = ['spot_findings', 'PixelSummary', 'summarise_pixels', 'pixel_findings', 'tissue_findings', 'lattice_turn',
            'check_targets', 'check_sparsity']
 
-# %% ../../nbs/spots/check_slides.ipynb #8392cb4b
+# %% ../../nbs/spots/check_slides.ipynb #af03be34
 from dataclasses import dataclass
 
 from scipy.spatial import cKDTree
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.checks import attempt, error, located, note, warning, worst_first
+from ..core.pixels import range_trouble
 from ..core.text import BadInput, some_of
 from .lattice import measure_lattice
 from .layout import check_columns, check_spot_values, is_target, read_spots
@@ -162,32 +163,13 @@ def summarise_pixels(
     nearest = known[np.abs(np.arange(len(seen))[:, None] - known).argmin(1)]
     return PixelSummary(dataset.dtype, low, high, n_rows / h, step, _as_thumbnail(thumb[nearest], high), seen)
 
-# %% ../../nbs/spots/check_slides.ipynb #33a4f9cb
-def _float_range_error(low, high):
-    "What is wrong with a picture stored as floats from low to high; None where it is 0-1."
-    if 1.001 < high <= 255.5 and low >= 0:
-        return error(f"holds floats up to {high:.4g}: a picture in 0-255 stored as float",
-            "divide by 255, or store it as uint8")
-    if low < -1e-3 or high > 1.001:
-        return error(f"holds floats from {low:.4g} to {high:.4g}", "scale them to 0-1, or store uint8")
-    if high < .02:
-        return error(f"holds floats up to {high:.4g} only: it was scaled to 0-1 twice", "multiply by 255")
-
+# %% ../../nbs/spots/check_slides.ipynb #85766c03
 def _range_error(low, high, dtype):
     "What is wrong with the range of the values for their type; None where they fit."
-    if not (np.isfinite(low) and np.isfinite(high)):
-        return error("has values that are not finite", "fill them with white (1.0)")
-    if low == high:
+    if np.isfinite(low) and low == high:
         return error(f"is one flat colour ({low:g} everywhere)",
             "store the picture: was it never written, or floats in 0-1 cast to bytes?")
-    if dtype.kind == "f": return _float_range_error(low, high)
-    if dtype == np.uint8 and high <= 1:
-        return error("holds only 0 and 1: a float picture in 0-1 that was cast to bytes",
-            "multiply by 255 before casting")
-    if dtype == np.uint16 and high <= 4095:
-        bits = 8 if high <= 255 else 12
-        return error(f"is uint16 but never above {high:.0f}: a picture of {bits} bits",
-            "stretch it to 0-65535, or store it as uint8")
+    if trouble := range_trouble(low, high, dtype): return error(*trouble)
 
 def _appearance_findings(thumb):
     "What a thumbnail (h, w, 3) uint8 looks like that H&E does not."

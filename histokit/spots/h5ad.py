@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import atomic
-from ..core.pictures import as_uint8
+from ..core.hdf5 import open_h5
+from ..core.pixels import as_uint8, check_range
 from ..core.table import as_texts, number_column
 from ..core.text import BadInput, choose, did_you_mean, one_line
 from .columns import SAMPLE_NAMES, plain_name
-from .layout import SPLITS, open_h5
+from .layout import SPLITS
 from .results import run_predictions
 from .spaceranger import RawSlide, positive_factors, shrink_picture
 from .tables import CELL2LOCATION_PREFIX, check_one_sample, one_sample
@@ -174,6 +175,11 @@ def _h5ad_tables(h5, obs, own, key, path):
     return tables
 
 # %% ../../nbs/spots/h5ad.ipynb #34158907
+def _stored_picture(image, where):
+    "A picture as uint8, its range guarded."
+    check_range(image, where)
+    return as_uint8(image, where)
+
 def _read_h5ad(path, library, targets, sample):
     "A slide of an open file."
     with open_h5(path) as h5:
@@ -185,7 +191,7 @@ def _read_h5ad(path, library, targets, sample):
         given = libraries[library].get("scalefactors", {})
         factors = {k: v[()] for k, v in given.items() if isinstance(v, h5py.Dataset) and v.shape == ()}
         stored = libraries[library].get("images", {})
-        images = {k: as_uint8(stored[k][()], f"{path}: {k}") for k in ("hires", "lowres") if k in stored}
+        images = {k: _stored_picture(stored[k][()], f"{path}: {k}") for k in ("hires", "lowres") if k in stored}
         tables = _h5ad_tables(h5, obs, own, targets, path)
     return RawSlide(str(path), positions, positive_factors(factors), images, tables)
 

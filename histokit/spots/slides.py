@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['check_inside', 'SlideInfo', 'slide_info', 'DataFactory', 'on_tissue', 'spots_on_tissue']
 
-# %% ../../nbs/spots/slides.ipynb #26361b73
+# %% ../../nbs/spots/slides.ipynb #be0de41f
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
 
+from ..core.hdf5 import names_attribute, number_attribute, open_h5, text_attribute
 from ..core.page import Shown
 from ..core.text import BadInput, choose
 from .cards import html_factory, html_slide, html_split
 from .lattice import LATTICE_UM, measure_lattice
-from .layout import SPLITS, check_image, h5_child, open_h5, read_slide, read_spots, slide_paths
+from .layout import SPLITS, check_image, read_slide, read_spots, walk_slides
 from .splits import assign_folds
 
 # %% ../../nbs/spots/slides.ipynb #9e32cd56
@@ -37,7 +38,7 @@ def check_inside(
     what = f"{out.sum()} of {len(xy)} spots lie outside the {width} x {height} (width x height) picture"
     raise BadInput(f"{where}: {what}, first row {np.flatnonzero(out)[0]}; {mend}")
 
-# %% ../../nbs/spots/slides.ipynb #54f1c671
+# %% ../../nbs/spots/slides.ipynb #cff58086
 @dataclass(frozen=True)
 class SlideInfo:
     "What is known of a slide without its pixels."
@@ -52,19 +53,11 @@ class SlideInfo:
     um_source: str      # attribute, lattice or unknown
     patient: str        # the slide's own name where the file names no patient
 
-def _attr(name, items):
-    "The first of these items' attribute of that name."
-    return next((i.attrs[name] for i in items if name in i.attrs), None)
-
-def _scale(given, pitch, kind, where):
+def _scale(given, pitch, kind):
     "Micrometres a pixel, and where they are from: the file's attribute, or else the lattice."
-    if given is None:
-        um = LATTICE_UM.get(kind, np.nan) / pitch
-        return um, "lattice" if np.isfinite(um) else "unknown"
-    try: um = float(given)
-    except (TypeError, ValueError): um = np.nan
-    if um > 0: return um, "attribute"
-    raise BadInput(f"{where}: um_per_px is {given}; it must be a positive number of micrometres a pixel")
+    if np.isfinite(given): return given, "attribute"
+    um = LATTICE_UM.get(kind, np.nan) / pitch
+    return um, "lattice" if np.isfinite(um) else "unknown"
 
 def slide_info(
     name: str,        # S_1, …
@@ -72,19 +65,28 @@ def slide_info(
     table,            # the slide's spots: x, y in pixels
     image,            # h5py Dataset of its picture
     holders=(),       # what else may have its attributes: its dataset of spots, then the open file
+    notes: list = None,   # grows by sentences that say which attributes were ignored
 )->SlideInfo:
     "The facts of one slide, with µm/px from the file's attributes or else from the lattice."
     pitch, kind = measure_lattice(table[["x", "y"]].to_numpy())
-    um, source = _scale(_attr("um_per_px", (image, *holders)), pitch, kind, image.name.strip("/"))
-    patient = _attr("patient", (image, *holders[:1]))
+    given, odd = number_attribute((image, *holders), "um_per_px")
+    (um, source), (patient, odder) = _scale(given, pitch, kind), text_attribute((image, *holders[:1]), "patient")
+    if notes is not None: notes += odd + odder
     height, width = map(int, image.shape[:2])
     known = dict(pitch_px=pitch, lattice=kind, um_per_px=um, um_source=source)
-    return SlideInfo(name, split, height, width, len(table), patient=str(name if patient is None else patient), **known)
+    return SlideInfo(name, split, height, width, len(table), patient=patient or str(name), **known)
 
-# %% ../../nbs/spots/slides.ipynb #d04747f3
+# %% ../../nbs/spots/slides.ipynb #b05a3100
 def _counted(n, what):
     "1 slide, 2 slides."
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+def _alike(patients):
+    "What to say of patients that are spelt alike: case, blanks and zeros in front apart."
+    plain = lambda p: re.sub(r"[\s_-]+", "", p.casefold()).lstrip("0")
+    same = [[p for p in dict.fromkeys(patients) if plain(p) == key] for key in dict.fromkeys(map(plain, patients))]
+    groups = [" and ".join(map(repr, group)) for group in same if len(group) > 1]
+    return [f"images: patients {names} are taken for different ones; one person needs one spelling" for names in groups]
 
 class DataFactory:
     "The slides, spots and targets of a file in the competition's layout, checked."
@@ -92,24 +94,27 @@ class DataFactory:
         path,       # HDF5 file
     ):
         self.path, self.slides, self.targets = Path(path), {}, None
+        self.notes = []                                        # sentences: what of the file was ignored
         with open_h5(path) as h5:
-            tables = [self._read(h5, name, place.split("/")[1]) for name, place in slide_paths(h5).items()]
-            names = _attr("cell_types", [h5])
-        if names is None or len(names) != len(self.targets): names = self.targets
-        self.cell_types = [str(n.decode() if isinstance(n, bytes) else n) for n in names]
+            walk = walk_slides(h5)
+            if walk.troubles: raise walk.troubles[0]
+            tables = [self._read(h5, place) for place in walk.places]
+            names, notes = names_attribute(h5, "cell_types", len(self.targets))
+        self.notes += [*notes, *walk.notes, *_alike([s.patient for s in self.slides.values()])]
+        self.cell_types = names or list(self.targets)
         self.spots = pd.concat(tables, ignore_index=True)
         test = self.spots.split.eq("Test")
         self.spots.loc[test, "ID"] = np.arange(test.sum())     # IDs count through all test slides
 
-    def _read(self, h5, name, part):
-        "One slide's table; fills `slides` and `targets`."
-        image, spots = (h5_child(h5[f"{top}/{part}"], name, h5py.Dataset) for top in ("images", "spots"))
+    def _read(self, h5, place):
+        "One slide's table; fills `slides`, `targets` and `notes`."
+        name, part, image, spots = place.name, place.split, place.image, place.spots
         where = f"spots/{part}/{name}"
         check_image(image)
         table = read_spots(spots, part == "Train")
         check_inside(table[["x", "y"]].to_numpy(), *image.shape[:2], where)
         if part == "Train": self._check_targets(list(table.columns[2:]), where)
-        self.slides[name] = info = slide_info(name, part, table, image, (spots, h5))
+        self.slides[name] = info = slide_info(name, part, table, image, (spots, h5), self.notes)
         head = dict(slide=name, split=part, patient=info.patient, ID=np.arange(len(table)))
         head = pd.DataFrame(head | dict(x=table.x, y=table.y, x_raw=table.x, y_raw=table.y))
         return pd.concat([head, table.reindex(columns=self.targets)], axis=1)

@@ -253,22 +253,22 @@ def _check_full_size(source, size, scale, where):
     due = f"the positions were measured on a picture of about {full[0]:.0f} x {full[1]:.0f}"
     raise BadInput(f"{where} is {size[0]} x {size[1]} (width x height), but {due}; {mend}")
 
-# %% ../../nbs/spots/spaceranger.ipynb #ced8ad93
-def _stored_image(source, kind):
+# %% ../../nbs/spots/spaceranger.ipynb #5555511a
+def _stored_image(source, kind, notes):
     "One of the copies that came with the slide."
     if kind not in source.images:
         mend = f"use image={next(iter(source.images))}" if source.images else "give image=PATH"
         raise BadInput(f"{source.where} has no tissue_{kind}_image.png; {mend}")
     pixels = source.images[kind]
-    pixels = read_rgb(pixels) if isinstance(pixels, Path) else as_rgb(pixels, f"{source.where}: {kind}")
+    pixels = read_rgb(pixels, notes) if isinstance(pixels, Path) else as_rgb(pixels, f"{source.where}: {kind}")
     return pixels, _factor(source, kind), f"tissue_{kind}_image"
 
-def _given_image(source, path, scale):
+def _given_image(source, path, scale, notes):
     "A picture of one's own, of the size that the positions were measured on times the scale."
     if not Path(path).is_file():
         mend = "use auto, hires, lowres, or the path of the full-resolution picture"
         raise BadInput(f"image '{path}' is no file; {mend}")
-    pixels = read_rgb(path)
+    pixels = read_rgb(path, notes)
     _check_full_size(source, pixels.shape[1::-1], scale, str(path))
     return pixels, scale, f"{Path(path).name} (given)"
 
@@ -276,14 +276,15 @@ def choose_image(
     source: RawSlide,
     image: str = "auto",   # hires, lowres, auto (hires where there is one), or the path of the full-resolution picture
     scale: float = 0.,     # for a path: its pixels for each full-resolution pixel; 0 means 1
+    notes: list = None,    # grows by what was guessed of the picture's file, or left out
 )->tuple:                  # (H, W, 3) uint8; pixels for each full-resolution pixel; what it is
     "The picture asked for and how the positions are scaled to it."
     if image == "auto" and not source.images:
         what = "neither tissue_hires_image.png nor tissue_lowres_image.png"
         raise BadInput(f"{source.where} holds {what}; give the full-resolution picture with image=PATH")
     if image == "auto": image = "hires" if "hires" in source.images else "lowres"
-    if str(image) in ("hires", "lowres"): return _stored_image(source, str(image))
-    return _given_image(source, image, scale or 1.)
+    if str(image) in ("hires", "lowres"): return _stored_image(source, str(image), notes)
+    return _given_image(source, image, scale or 1., notes)
 
 # %% ../../nbs/spots/spaceranger.ipynb #b9336b92
 def shrink_picture(

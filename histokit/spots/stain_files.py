@@ -6,18 +6,19 @@
 __all__ = ['normalise_dataset', 'fit_reference', 'normalise_file', 'stain_picture', 'stain_folder', 'stain_image_file',
            'compare_slides', 'summarise_slides', 'plot_slides', 'plot_stain_change', 'normalise_slides', 'write_stain']
 
-# %% ../../nbs/spots/stain_files.ipynb #9eaaee9f
+# %% ../../nbs/spots/stain_files.ipynb #7c8542a4
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from ..core.files import atomic, make_dir
-from ..core.pictures import as_rgb, open_picture, picture_format, tiles, write_picture
-from ..core.progress import track
+from ..core.hdf5 import copy_item, open_h5, reading
+from ..core.pictures import open_picture, picture_format, write_picture
+from ..core.pixels import as_rgb, check_range, tiles
 from ..core.runs import RunFolder
 from ..core.text import BadInput, choose, did_you_mean
-from .layout import open_h5, reading, slide_paths
+from .layout import slide_paths
 from .settings import StainSettings
 from .slides import DataFactory
 from ..tissue.colour import colour_difference, rgb_to_lab, rgb_to_od, structural_similarity, subsample
@@ -25,7 +26,7 @@ from ..tissue.dyes import RUIFROK, concentrations, plot_vectors
 from ..tissue.measure import STAIN_METHODS, measure_stain
 from ..tissue.normalise import StainNormalizer
 
-# %% ../../nbs/spots/stain_files.ipynb #6ddef704
+# %% ../../nbs/spots/stain_files.ipynb #fbf7b895
 def normalise_dataset(
     normaliser,        # a fitted StainNormalizer, or None to copy
     source,            # dataset of an open HDF5 file, (H, W, 3)
@@ -34,6 +35,7 @@ def normalise_dataset(
 )->dict:               # report
     "Repaint a slide from file to file; what cannot be repainted is copied."
     report, where = dict(ok=True, done=False, reason="copied as it is", method="none"), source.name.strip("/")
+    with reading(where): check_range(source, where)
     if normaliser is not None:
         with reading(where): report = normaliser.measure(source)
         report = normaliser.decide(report)
@@ -65,16 +67,24 @@ def fit_reference(
     if reference.endswith(".json"): return _saved_reference(normaliser, reference)
     with open_picture(reference) as picture: return normaliser.fit(picture)
 
-# %% ../../nbs/spots/stain_files.ipynb #be75dbde
-def _copy_layout(source, target):
-    "Everything but the pixels: other groups, and all attributes."
-    for name in source:
-        if name != "images": source.copy(name, target)
+# %% ../../nbs/spots/stain_files.ipynb #274cb345
+def _copy_group(source, target, slides, seen):
+    "What lies in a group of pictures beside its slides, and its attributes."
     target.attrs.update(source.attrs)
-    group = target.create_group("images")
-    group.attrs.update(source["images"].attrs)
-    for name, part in source["images"].items():
-        if isinstance(part, h5py.Group) and part.attrs: group.require_group(name).attrs.update(part.attrs)
+    for name in source:
+        place = f"{target.name.strip('/')}/{name}"
+        if place in slides: continue
+        if any(s.startswith(f"{place}/") for s in slides):
+            _copy_group(source[name], target.create_group(name), slides, seen)
+        else: copy_item(source, name, target, seen)
+
+def _copy_layout(source, target, slides):
+    "Everything but the pixels of the slides (paths): other groups and pictures, links followed, and all attributes."
+    target.attrs.update(source.attrs)
+    seen = {}
+    for name in source:
+        if name != "images": copy_item(source, name, target, seen)
+    _copy_group(source["images"], target.create_group("images"), set(slides), seen)
 
 _ATTRIBUTES = dict(stain_matrix="stain_matrix", stain_strength="max_concentration", stain_white="white", stain_ok="ok",
     stain_done="done", stain_reason="reason", stain_method="method")
@@ -89,7 +99,7 @@ def _new_slide(file, path, shape):
     chunks = (*(min(n, 256) for n in shape[:2]), 3)
     return file.create_dataset(path, (*shape[:2], 3), np.uint8, chunks=chunks, compression="lzf")
 
-# %% ../../nbs/spots/stain_files.ipynb #100ca85d
+# %% ../../nbs/spots/stain_files.ipynb #012cc15c
 def normalise_file(
     path_in,                        # HDF5 in the competition's layout
     path_out,                       # HDF5 of the same layout, written whole or not at all
@@ -105,15 +115,15 @@ def normalise_file(
     with open_h5(path_in) as source, atomic(path_out) as tmp, h5py.File(tmp, "w") as target:
         slides, reports, normaliser = slide_paths(source, spots=False), {}, None
         if method != "none": normaliser = fit_reference(StainNormalizer(method, **params), reference, source)
-        _copy_layout(source, target)
-        for name, path in track(slides.items(), "slides normalised"):
+        _copy_layout(source, target, slides.values())
+        for name, path in slides.items():
             old, new = source[path], _new_slide(target, path, source[path].shape)
             reports[name] = normalise_dataset(normaliser, old, new, tile)
             new.attrs.update({**old.attrs, **(attributes or {}).get(name, {})})
             new.attrs.update(_stain_attributes(reports[name], getattr(normaliser, "engine_", "none")))
     return reports
 
-# %% ../../nbs/spots/stain_files.ipynb #36097453
+# %% ../../nbs/spots/stain_files.ipynb #08fe193d
 def stain_picture(
     normaliser,       # a fitted StainNormalizer
     path_in,          # picture, as `open_picture` takes it
@@ -123,11 +133,12 @@ def stain_picture(
     "Repaint a picture from file to file; what cannot be repainted is written as it was."
     picture_format(path_out)
     with open_picture(path_in) as picture:
+        check_range(picture, str(path_in))
         report = normaliser.decide(normaliser.measure(picture))
         write_picture(path_out, picture.map(lambda part: normaliser.transform(part, report)), tile)
-    return report
+    return report | (dict(notes=list(picture.notes)) if picture.notes else {})
 
-# %% ../../nbs/spots/stain_files.ipynb #aec3a45c
+# %% ../../nbs/spots/stain_files.ipynb #e47c05b2
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs")
 
 def _stain_or_report(normaliser, path, path_out, tile):
@@ -149,8 +160,7 @@ def stain_folder(
         raise BadInput(f"{folder_out} is where the pictures come from; choose another folder for the results")
     out = make_dir(folder_out)
     names = {p: p.name + ".tif" * (p.suffix.lower() == ".svs") for p in paths}
-    done = track(names.items(), "pictures normalised")
-    return {p.name: _stain_or_report(normaliser, p, out/name, tile) for p, name in done}
+    return {p.name: _stain_or_report(normaliser, p, out/name, tile) for p, name in names.items()}
 
 # %% ../../nbs/spots/stain_files.ipynb #4add9e15
 _HDF5 = (".h5", ".hdf5", ".hdf")
@@ -196,7 +206,7 @@ def summarise_slides(
         for when in ("before", "after")}
     return apart | dict(structure_kept=float(np.mean([f["structure_kept"] for f in found.values()])))
 
-# %% ../../nbs/spots/stain_files.ipynb #097a1ffd
+# %% ../../nbs/spots/stain_files.ipynb #493cdde3
 def _show_slide(column, slide):
     "A slide before and after, and the amounts of its dyes, one below the other."
     vectors = slide["report_after"]["stain_matrix"]
@@ -204,8 +214,6 @@ def _show_slide(column, slide):
     for ax, im in zip(column, (slide["before"], slide["after"], c[..., 0], c[..., 1])):
         ax.imshow(im, cmap="magma", vmax=2 if im.ndim == 2 else None)
         ax.set(xticks=[], yticks=[])
-
-_STAIN_ROWS = "before", "after", "haematoxylin\n(bright: more)", "eosin\n(bright: more)"
 
 def plot_slides(
     found: dict, # from `compare_slides`
@@ -217,8 +225,8 @@ def plot_slides(
     for (name, slide), column in zip(found.items(), axes.T):
         _show_slide(column, slide)
         column[0].set_title(name, fontsize=8)
-    for ax, label in zip(axes[:, 0], _STAIN_ROWS): ax.set_ylabel(label, fontsize=8)
-    fig.suptitle("One look for all slides: before, after, and the two dyes apart", fontsize=9)
+    for ax, label in zip(axes[:, 0], ("before", "after", "haematoxylin", "eosin")): ax.set_ylabel(label, fontsize=8)
+    fig.suptitle("One look for all slides", fontsize=9)
     return fig
 
 # %% ../../nbs/spots/stain_files.ipynb #e64d6a97

@@ -160,19 +160,19 @@ class Shown:
     def __repr__(self): return self.text
     def _repr_html_(self): return self.draw(*self.args)
 
-# %% ../../nbs/core/page.ipynb #50b99d88
+# %% ../../nbs/core/page.ipynb #6f52d194
 STYLE = """
 :root{color-scheme:light dark;--ink:#222;--paper:#fff;--dim:#5f5f5f;--line:#e0e0e0;--soft:#eee;
 --bad:#b00020;--doubt:#8a5200}
 @media (prefers-color-scheme:dark){
 :root{--ink:#e6e6e6;--paper:#181818;--dim:#a8a8a8;--line:#3a3a3a;--soft:#2c2c2c;--bad:#ff7b8a;--doubt:#e5a94f}}
 body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;
-color:var(--ink);background:var(--paper)}
-h1{margin-bottom:0;overflow-wrap:anywhere}h2{margin-top:2em;border-bottom:1px solid var(--line)}
+color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
+h1{margin-bottom:0}h2{margin-top:2em;border-bottom:1px solid var(--line)}
 table{border-collapse:collapse;font-size:14px}
 th,td{text-align:left;vertical-align:top;padding:3px 10px 3px 0;border-bottom:1px solid var(--line)}
-td{overflow-wrap:anywhere}th{font-weight:600;white-space:nowrap}
-.wide{overflow-x:auto}.wide td{overflow-wrap:normal}
+th{font-weight:600;white-space:nowrap}
+.wide,.stacked{overflow-x:auto}.wide td{overflow-wrap:normal}
 .wide td:first-child,.wide th:first-child{position:sticky;left:0;background:var(--paper)}
 section{border-left:4px solid var(--line);padding-left:12px;margin:1em 0}section h3{margin:0}
 section td:first-child{min-width:9em}section td:nth-child(2){min-width:20em}
@@ -197,7 +197,7 @@ border-bottom:1px solid var(--line)}.stacked tr:first-child,.stacked td:empty{di
 .stacked td{min-width:0!important;padding:1px 0;border:0;font-size:16px}.stacked td:first-child{font-weight:600}
 .stacked td:not(:first-child)::before{content:attr(data-column) ": ";color:var(--dim)}
 .stacked tr:has(td:nth-child(5)){display:grid;grid-template-columns:1fr 1fr}.stacked td:first-child{grid-column:1/-1}
-.zoom[open] img{width:auto;height:auto;max-width:none;min-width:200vw}}
+.zoom[open] img{flex:none;width:auto;height:auto;max-width:none;min-width:200vw}}
 """
 
 def page(

@@ -6,13 +6,13 @@
 __all__ = ['error_number', 'write_error', 'make_dir', 'atomic', 'content_of', 'read_error', 'plain', 'write_text', 'write_json',
            'read_json', 'write_table', 'save_figure', 'cache_dir', 'sha256_of', 'file_sha256', 'file_fingerprint']
 
-# %% ../../nbs/core/files.ipynb #94425911
-import contextlib, errno, hashlib, json, os, re, tempfile
+# %% ../../nbs/core/files.ipynb #af5024f4
+import atexit, contextlib, errno, hashlib, json, os, re, shutil, tempfile
 from pathlib import Path
 
 import numpy as np
 
-from .text import BadInput, one_line
+from .text import BadInput, one_line, say_once
 
 # %% ../../nbs/core/files.ipynb #6bc304df
 _WRITE_ERRORS = {
@@ -195,11 +195,22 @@ def save_figure(
     with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, bbox_inches="tight")
     return Path(path)
 
-# %% ../../nbs/core/files.ipynb #4a1d7ba5
-def cache_dir()->Path:
-    "Where things worth keeping lie: `$HISTOKIT_CACHE`, or `histokit` in the user's cache."
+# %% ../../nbs/core/files.ipynb #b694a8f1
+def _usual_cache():
+    "The folder of the cache; RuntimeError where the user has no home."
     own, home = os.environ.get("HISTOKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return make_dir(own or Path(home or Path.home()/".cache")/"histokit")
+    return Path(own) if own else Path(home or Path.home()/".cache")/"histokit"
+
+def cache_dir()->Path:
+    "Where things worth keeping lie: `$HISTOKIT_CACHE`, or `histokit` in the user's cache; else a temporary folder."
+    try: return make_dir(_usual_cache())
+    except (BadInput, RuntimeError) as e:
+        folder = tempfile.mkdtemp(prefix="histokit-cache-")
+        os.environ["HISTOKIT_CACHE"] = folder               # also for the processes that this one starts
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        why = one_line(e).removesuffix(", or choose another place")
+        say_once(f"nothing is kept between runs: {why}; set HISTOKIT_CACHE to a folder that can be written to")
+        return Path(folder)
 
 # %% ../../nbs/core/files.ipynb #50e27f3a
 def _bytes_of(part):

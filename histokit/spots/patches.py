@@ -6,14 +6,15 @@
 __all__ = ['mirror', 'cut_patch', 'patch_size', 'spot_diameter', 'PatchSampler', 'Augmentation', 'normalised_coords',
            'HESpotDataset', 'show_patches']
 
-# %% ../../nbs/spots/patches.ipynb #a624afdf
-import copy, functools, importlib.util, os
+# %% ../../nbs/spots/patches.ipynb #3dc8b037
+import copy, functools, os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
+from ..core.compute import can_compile
 from ..core.files import file_sha256, plain, sha256_of
 from ..core.page import Shown
 from ..core.text import BadInput, choose
@@ -90,7 +91,7 @@ def _side_table(
         raise BadInput(f"{what}; is the scale of that slide known?")
     return np.maximum(np.rint(table), 1) if whole else table
 
-# %% ../../nbs/spots/patches.ipynb #158b028a
+# %% ../../nbs/spots/patches.ipynb #e2e20ce1
 def _named_sizes(sizes, slides):
     "Sizes under the names of a model's inputs: image, image2, …"
     if isinstance(sizes, dict):
@@ -103,7 +104,7 @@ def _pick_engine(engine, device):
     "numba where it is installed, else numpy; torch where the slides are not in the computer's own memory."
     choose(engine, ("auto", "numba", "numpy"), "engine")
     if device != "cpu": return "torch"
-    if engine == "auto": engine = "numba" if importlib.util.find_spec("numba") else "numpy"
+    if engine == "auto": engine = "numba" if can_compile() else "numpy"
     if engine == "numba": compiled_patch()
     return engine
 

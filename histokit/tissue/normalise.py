@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['STAIN_ENGINES', 'pick_stain_engine', 'already_alike', 'StainNormalizer']
 
-# %% ../../nbs/tissue/normalise.ipynb #486ae879
-import importlib.util, json
+# %% ../../nbs/tissue/normalise.ipynb #7c97d98d
+import json
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ..core.compute import pick_device
+from ..core.compute import can_compile, pick_device
 from ..core.files import plain, read_json, write_json
 from ..core.pictures import as_rgb, as_uint8
 from ..core.text import BadInput, choose
@@ -21,7 +21,7 @@ from .measure import STAIN_METHODS, measure_stain
 from .repaint import compiled_repaint, paint_plan, repaint, repaint_staintools
 from .transfer import colour_transfer, luminosity_level, standardise_luminosity
 
-# %% ../../nbs/tissue/normalise.ipynb #a82f07bc
+# %% ../../nbs/tissue/normalise.ipynb #32d7ef41
 STAIN_ENGINES = ("auto", "numba", "torch", "numpy", "staintools")
 
 def pick_stain_engine(
@@ -38,7 +38,7 @@ def pick_stain_engine(
             raise BadInput(f"engine=staintools has no method {method}; use engine=auto")
     if engine == "numba": compiled_repaint()
     if engine != "auto": return engine
-    return "numba" if importlib.util.find_spec("numba") and pick_device(device) == "cpu" else "torch"
+    return "numba" if pick_device(device) == "cpu" and can_compile() else "torch"
 
 # %% ../../nbs/tissue/normalise.ipynb #72e3648d
 def already_alike(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_report']
 
-# %% ../../nbs/spots/check_page.ipynb #927026c0
+# %% ../../nbs/spots/check_page.ipynb #e1ae6a77
 from collections import Counter
 from pathlib import Path
 
@@ -14,10 +14,9 @@ import pandas as pd
 
 from ..core.checks import FINDING_LEVELS, attempt, html_findings
 from ..core.files import atomic
-from ..core.hdf5 import open_h5
+from ..core.hdf5 import names_attribute, open_h5
 from ..core.page import Html, escaped, html_figure, html_gallery, html_table, page
 from ..core.progress import track
-from ..core.table import as_texts
 from ..learn.scores import row_ranks
 from .check_file import SlideView, check_views, colour_pairs, constant_scores, read_views, tissue_colour
 from .maps import show_targets
@@ -167,7 +166,7 @@ def _constant_part(values, slide):
     table = html_table(rows, stacked=True)
     return f"<h3>What a constant scores</h3><p>{said}</p>{table}"
 
-# %% ../../nbs/spots/check_page.ipynb #0d8f8868
+# %% ../../nbs/spots/check_page.ipynb #05dd0a60
 def _content(f, *args):
     "What f gives; where a damaged file does not let it be made, the reason."
     failed = []
@@ -184,10 +183,10 @@ def _lead(data_path, views, findings):
     facts = f"<p class=facts>{size}{len(views)} slides, looked at by histokit check</p>"
     return Html(f"{facts}<p class=counts>{''.join(counts)}</p>")
 
-def _cell_types(data_path):
-    "The names of the targets that the file gives; none where it gives none, or cannot be read."
+def _cell_types(data_path, n):
+    "The names of n targets that the file gives; none where it gives none, or cannot be read."
     def named():
-        with open_h5(data_path) as h5: return as_texts(h5.attrs.get("cell_types", [])).tolist()
+        with open_h5(data_path) as h5: return names_attribute(h5, "cell_types", n)[0]
     return attempt([], "", named) or []
 
 def _report_page(
@@ -199,7 +198,7 @@ def _report_page(
     parts = {"Findings": lambda: Html(html_findings(findings)),
         "Slides": lambda: html_table([_slide_row(v) for v in views], stacked=True),
         "Where the spots are": lambda: _gallery(views), "Stain": lambda: _stain_part(views),
-        "Targets": lambda: _target_part(views, _cell_types(data_path))}
+        "Targets": lambda: _target_part(views, _cell_types(data_path, len(_view_targets(views)[0])))}
     sections = [(title, _content(part)) for title, part in track(parts.items(), "parts of the page drawn")]
     return page(name, sections, _lead(data_path, views, findings), f"{name}: histokit check")
 

@@ -6,10 +6,10 @@
 __all__ = ['SCHEDULERS', 'TrainSettings', 'EpochMetrics', 'LearningRates', 'MicroBatches', 'be_deterministic', 'Trainer',
            'show_history']
 
-# %% ../../nbs/learn/trainer.ipynb #28e6b70f
+# %% ../../nbs/learn/trainer.ipynb #e79139e9
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-import contextlib, json, math, os, pickle, sys, time
+import contextlib, json, math, os, pickle, sys, time, warnings
 
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
@@ -19,8 +19,9 @@ import pandas as pd
 import timm.layers
 import torch
 
-from ..core.compute import pick_device
+from ..core.compute import pick_device, waits_badly
 from ..core.files import atomic, file_sha256, plain, read_json, sha256_of, write_json, write_table
+from ..core.progress import track
 from ..core.text import BadInput, choose
 from .batches import (
     SAMPLERS, Batches, batch_rows, checked_weights, predict, sampling_weights, seed_step, to_device)
@@ -410,7 +411,7 @@ class _State(_Step):
             if k in state: part.load_state_dict(state[k])       # another GPU may need a scaler where the last did not
         self.micro.at_once = min(self.micro.at_once, state["at_once"])
 
-# %% ../../nbs/learn/trainer.ipynb #44182a1a
+# %% ../../nbs/learn/trainer.ipynb #f91438ac
 class _Epoch(_State):
     "What a trainer does in an epoch."
     def _epoch(self, train)->float:
@@ -419,8 +420,9 @@ class _Epoch(_State):
         self.model.train()
         self._reseed()
         batches, hidden = self._batches(train), not self.progress or not self.main
-        waited, asked = 0., time.time()
-        for inputs, target in tqdm(batches, f"epoch {self.epoch + 1}", leave=False, disable=hidden, file=sys.stderr):
+        waited, asked, epoch = 0., time.time(), f"epoch {self.epoch + 1}"
+        shown = tqdm(batches, epoch, leave=False, disable=hidden, file=sys.stderr)
+        for inputs, target in track(shown, f"{epoch}, batches", len(batches)):
             waited += time.time() - asked
             self._update(inputs, target)
             self.batch += 1
@@ -471,7 +473,7 @@ class _Epoch(_State):
         best = int(np.argmax([self.metrics.merit(row) for row in self.history]))
         return len(self.history) - 1 - best >= self.settings.patience
 
-# %% ../../nbs/learn/trainer.ipynb #875dde1c
+# %% ../../nbs/learn/trainer.ipynb #9d1562d9
 def be_deterministic()->None:
     "Only kernels that give the same bits each time, for the rest of the program; one without such a kernel raises."
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # cuBLAS wants it
@@ -538,6 +540,8 @@ class Trainer(_Epoch):
         self.accelerator, self.device = open_accelerator(self.asked, s.amp)
         self.processes, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
         if not self.main: self.log = lambda line: None
+        slow = self.device == "cpu" and torch.get_num_threads() > 1 and waits_badly()
+        if slow: warnings.warn(slow, stacklevel=4)
         normed = _has_batch_norm(self.model)
         joined = self.processes > 1 and self.device.startswith("cuda") and normed
         if joined: self.model = timm.layers.convert_sync_batchnorm(self.model)
@@ -552,7 +556,7 @@ class Trainer(_Epoch):
         self.micro = MicroBatches(at_once, self.processes, index, least=1 + normed, fixed=joined)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
-# %% ../../nbs/learn/trainer.ipynb #5e20c965
+# %% ../../nbs/learn/trainer.ipynb #647df486
 def show_history(
     histories,               # name -> table from `fit`
     label: str,              # what the metric is, for the axis, such as "per-spot Spearman"
@@ -568,7 +572,9 @@ def show_history(
         right.plot(h.epoch, values, ".-", c=line.get_color())
         best = (metric.sign * values).idxmax()
         right.plot(h.epoch[best], values[best], "o", mfc="none", mec="k")
-    left.set(xlabel="epoch", ylabel="loss", title="Training loss")
-    right.set(xlabel="epoch", ylabel=label, title="Validation; circled: the epoch kept")
+    for ax, what, title in (left, "loss", "Training loss"), (right, label, "Validation; circled: the epoch kept"):
+        ax.set(xlabel="epoch", ylabel=what)
+        ax.set_title(title, fontsize=9)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize=8)
     return fig

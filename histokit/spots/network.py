@@ -19,9 +19,9 @@ from ..learn.networks import register_model, save_model
 
 _all_ = ["load_model", "picture_names", "save_model"]
 
-# %% ../../nbs/spots/network.ipynb #297a8393
+# %% ../../nbs/spots/network.ipynb #0e6a1780
 class CoordinateEncoder(nn.Module):
-    "Coordinates (B, n_coords) in [-1, 1] -> (B, width); with `around=1` a product with it starts as the identity."
+    "Coordinates (B, n_coords), cut to [-1, 1] -> (B, width); with `around=1` a product with it starts as the identity."
     def __init__(self, n_coords: int, width: int, n_waves: int = 3, hidden: int = 64, around: float = 0.):
         super().__init__()
         waves = math.pi / 2 * 2. ** torch.arange(n_waves)       # half a wave across the slide, then one, then two
@@ -33,6 +33,7 @@ class CoordinateEncoder(nn.Module):
             nn.init.constant_(self.net[-1].bias, around)
 
     def forward(self, coords):
+        coords = coords.clamp(-1, 1)                            # beyond, a wave would say the place of another spot
         angle = (coords[..., None] * self.waves).flatten(1)
         return self.net(torch.cat([coords, angle.sin(), angle.cos()], 1))
 

@@ -120,9 +120,16 @@ def hog_features(
         out.append(oriented_gradients(grey[:, 0], cell).flatten(1))
     return torch.cat(out).numpy()
 
-# %% ../../nbs/pictures/baselines.ipynb #50ac2155
-NOT_METADATA = ("id", "file", "split", "label", "truth", "patient", "group", "row", "fold", "damaged", "path", "width",
-    "height", "bytes", "content", "phash")
+# %% ../../nbs/pictures/baselines.ipynb #8e2a8895
+NOT_METADATA = ("id", "file", "given_file", "split", "label", "truth", "patient", "group", "row", "fold", "damaged",
+    "width", "height")
+
+def _is_number(values): return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+def _says_how(values):
+    "Whether a column varies, and is no name that tells pictures apart one by one."
+    several = values.astype(str).nunique()
+    return several > 1 and (_is_number(values) or several <= .5 * len(values))
 
 def metadata_columns(
     items,               # data frame, a row for each picture
@@ -130,7 +137,7 @@ def metadata_columns(
 )->list:
     "The columns of a table of pictures that say how a picture was taken."
     mine = [c for c in items if c not in NOT_METADATA and c not in classes and not str(c).startswith("fold_")]
-    return [c for c in mine if items[c].astype(str).nunique() > 1]
+    return [c for c in mine if _says_how(items[c])]
 
 def _words_as_columns(values, most=20):
     "One column of 0 and 1 for each of the most frequent words."
@@ -152,8 +159,7 @@ def metadata_features(
     parts = [np.empty((len(items), 0), np.float32)]
     for name in columns:
         values = items[name]
-        number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-        parts.append(_number_columns(values) if number else _words_as_columns(values))
+        parts.append(_number_columns(values) if _is_number(values) else _words_as_columns(values))
     return np.concatenate(parts, 1)
 
 # %% ../../nbs/pictures/baselines.ipynb #e6b6d280

@@ -176,7 +176,7 @@ def shortcut_verdict(
     clean = f"{names} {'reach at most' if len(blind) > 1 else 'alone reaches'} {reach}"
     return "; ".join([f"No shortcut found: {clean}", *parts]) + "."
 
-# %% ../../nbs/pictures/shortcuts.ipynb #631ed70a
+# %% ../../nbs/pictures/shortcuts.ipynb #b9d9ea90
 def _colours(audit):
     "Red for a shortcut, blue for the model, grey for the rest."
     named = dict.fromkeys(shortcuts_found(audit), "C3") | {"this model": "C0"}
@@ -200,6 +200,6 @@ def show_shortcuts(
     ax.axvspan(.5, SURE, color=".93", zorder=0)
     ax.set_yticks(y, names, fontsize=9)
     ax.set(xlim=(min(.4, audit.low.min() - .02), 1.08), ylim=(-.6, len(audit) - .4))
-    ax.set_xlabel("area under the ROC curve (0.5 is chance)")
+    ax.set_xlabel(f"area under the ROC curve (0.5 is chance; a shortcut lies above {SURE} for sure)")
     fig.suptitle(textwrap.fill(verdict or shortcut_verdict(audit), 88), fontsize=9, x=.02, ha="left")
     return fig

@@ -179,7 +179,7 @@ def _file_cell(name: str, source: str, hidden: bool = True)->dict:
     "A cell that writes a file of the cargo."
     return _cell(f"%%writefile {{code}}/{name}\n{source}", hidden=hidden)
 
-# %% ../nbs/07_kaggle.ipynb #269bf532
+# %% ../nbs/07_kaggle.ipynb #0d3e53f1
 _HEAD = '''
 # {title}
 
@@ -191,7 +191,7 @@ decide about the score as cells that write them to disk, all others packed into 
 It installs nothing, and {internet}.
 
 [Settings](#Settings) · [The recipe](#The-recipe) · [The package](#The-package) · [The stages](#The-stages) ·
-[The data](#The-data) · [The run](#The-run) · [What came of it](#What-came-of-it) · [The submission](#The-submission)
+[The data](#The-data) · [The run](#The-run) · [The submission](#The-submission) · [What came of it](#What-came-of-it)
 '''
 _ONLINE = "needs the internet once, for the pretrained weights of its backbone"
 _OFFLINE = "needs no internet"
@@ -233,7 +233,7 @@ if Path(histokit.__file__).resolve().parent != (code/"histokit").resolve():
 histokit.__version__, histokit.__file__
 '''
 
-# %% ../nbs/07_kaggle.ipynb #d79ada62
+# %% ../nbs/07_kaggle.ipynb #1b3c779f
 _LOOK = '''
 import glob, os
 from pathlib import Path
@@ -260,7 +260,6 @@ run = run_pipeline(recipe, settings, out_dir or working/"run")
 '''
 _LADDER = "print(run_report(run))"
 _ENGINES = '''
-facts = read_json(run/"run.json")
 engines = {part: read_json(run/f"{part}.json")["engine"] for part in ("stain", "model")}
 seconds = {stage: took["seconds"] for stage, took in facts["stages"].items()}
 dict(engines=engines, device=facts["device"], seconds=seconds, **facts["versions"])
@@ -276,6 +275,7 @@ import shutil
 from histokit.core.submission import check_submission, read_submission
 from histokit.spots.slides import DataFactory
 
+facts = read_json(run/"run.json")
 factory, answer = DataFactory(facts["parameters"]["data_path"]), read_submission(run/"submission.csv")
 check_submission(answer, int(factory.spots.split.eq("Test").sum()), factory.targets)
 with atomic(working/"submission.csv") as tmp: shutil.copyfile(run/"submission.csv", tmp)
@@ -291,7 +291,7 @@ def _needs_internet(
     "Whether the kernel must fetch its backbone's weights."
     return not (weights or resolve(read_recipe(find_recipe(recipe))).get("weights", ""))
 
-# %% ../nbs/07_kaggle.ipynb #e8d97f97
+# %% ../nbs/07_kaggle.ipynb #c99df3f0
 def _settings_cells(recipe, title, overrides, weights, files):
     "The kernel's head: what it is, and what can be set; the first four as `_kernel_notebook` takes them."
     path, known = find_recipe(recipe), sorted(Path(p).stem for p in files if p.startswith("params/"))
@@ -319,13 +319,12 @@ def _cargo_cells(files, chosen):
         _prose(_STAGES), _cell(_UNPACK.format(packed=_pack(rest)), hidden=True), _cell(_IMPORT)]
 
 def _run_cells()->list:
-    "The cells that find the data, run, show what came of it and submit."
+    "The cells that find the data, run, submit and show what came of it: the file is there before anything is drawn."
     functions = "\n\n".join(inspect.getsource(f).strip() for f in (find_mounted, holds_slides))
     ladder = "## What came of it\n\nA score says something beside the constants; so here is the whole ladder:"
     return [_prose("## The data"), _cell(_LOOK.format(functions=functions, words=_NO_FILE)),
-        _prose("## The run"), _cell(_RUN), _prose(ladder), _cell(_LADDER),
-        _prose("What ran, and on what:"), _cell(_ENGINES), _cell(_FIGURES),
-        _prose("## The submission"), _cell(_SUBMIT)]
+        _prose("## The run"), _cell(_RUN), _prose("## The submission"), _cell(_SUBMIT),
+        _prose(ladder), _cell(_LADDER), _prose("What ran, and on what:"), _cell(_ENGINES), _cell(_FIGURES)]
 
 # %% ../nbs/07_kaggle.ipynb #2123e4e0
 def _kernel_notebook(

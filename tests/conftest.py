@@ -1,5 +1,6 @@
-"""What several tests need: a tiny data file, and one finished run at smoke size."""
+"""What several tests need: a tiny data file, one finished run at smoke size, and a browser without a screen."""
 import os
+import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # threads that spin while they wait slow each other down
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -8,6 +9,12 @@ import pytest
 
 # the least that runs every stage
 SMOKE = ["epochs=4", "stain_method=macenko", "views=none", "input_px=32", "smoothing=1"]
+
+
+def smoke(data):
+    "The parameters of the finished run."
+    from histokit.spots.demo import demo_paths
+    return [f"data_path={data}", f"truth_path={demo_paths(data).truth}", *SMOKE]
 
 
 @pytest.fixture(scope="session")
@@ -20,5 +27,20 @@ def demo_file():
 def finished_run(tmp_path_factory, demo_file):
     "A run folder with every stage done, not to be changed by a test."
     from histokit.pipeline import run_pipeline
-    return run_pipeline("demo", [f"data_path={demo_file}", *SMOKE], tmp_path_factory.mktemp("run")/"smoke",
-        show=lambda line: None)
+    return run_pipeline("demo", smoke(demo_file), tmp_path_factory.mktemp("run")/"smoke", show=lambda line: None)
+
+
+CHROMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chrome-headless-shell")
+
+
+@pytest.fixture(scope="module")       # while it is open, no other test of this process may run an event loop
+def browser():
+    "Chromium without a screen, driven by playwright; skips where either is missing."
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    found = os.environ.get("CHROME") or next(filter(None, map(shutil.which, CHROMES)), None)
+    if not found: pytest.skip("no Chromium or Chrome on the PATH (or in $CHROME); the pages are not tried in a browser")
+    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=quiet)
+        yield chromium
+        chromium.close()

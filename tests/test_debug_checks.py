@@ -383,7 +383,9 @@ def test_predictions():
     for values in (good, np.log(good + 1), good[:1]): assert errors(check_predictions(values)) == []
     z_scores = (good - good.mean(0)) / good.std(0)
     constant = good[:1].repeat(9, 0)
-    for bad in (z_scores, constant, good * np.nan, constant * 0, good[:, 0]): assert errors(check_predictions(bad))
+    for bad in (z_scores, good * np.nan, good[:, 0]): assert errors(check_predictions(bad))
+    for poor in (constant, constant * 0):                                            # an answer all the same
+        assert not errors(check_predictions(poor)) and says(check_predictions(poor), "same prediction", "warning")
     assert says(check_predictions(good - 2), "negative", "warning")
     assert says(check_predictions(good[np.arange(40) % 4]), "only 4 of 40 rows differ", "warning")
 
@@ -476,7 +478,6 @@ def z_scored_oof(run):
 
 
 @pytest.mark.parametrize("change, part, words", [
-    (constant_submission, "predictions", "same prediction"),
     (shorter, "predictions", "rows for"),
     (reversed_rows, "predictions", "row 0 has ID"),
     (z_scored_oof, "predictions", "z-scores"),
@@ -491,6 +492,11 @@ def test_broken_run_is_noticed(change, part, words, finished_run, demo_file, tmp
     parts, _ = check_run(broken_run(finished_run, tmp_path, change), demo_file)
     assert says(parts[part], words), "\n".join(format_findings(f) for f in parts.values())
     with pytest.raises(BadInput, match="checks? failed; first: "): raise_errors(parts)
+
+
+def test_a_constant_answer_is_a_warning(finished_run, demo_file, tmp_path):
+    parts, _ = check_run(broken_run(finished_run, tmp_path, constant_submission), demo_file)
+    assert says(parts["predictions"], "same prediction", "warning") and errors(parts["predictions"]) == []
 
 
 def test_bad_scores_are_reported(finished_run, demo_file, tmp_path):

@@ -206,7 +206,7 @@ def summarise_slides(
         for when in ("before", "after")}
     return apart | dict(structure_kept=float(np.mean([f["structure_kept"] for f in found.values()])))
 
-# %% ../../nbs/spots/stain_files.ipynb #493cdde3
+# %% ../../nbs/spots/stain_files.ipynb #097a1ffd
 def _show_slide(column, slide):
     "A slide before and after, and the amounts of its dyes, one below the other."
     vectors = slide["report_after"]["stain_matrix"]
@@ -214,6 +214,8 @@ def _show_slide(column, slide):
     for ax, im in zip(column, (slide["before"], slide["after"], c[..., 0], c[..., 1])):
         ax.imshow(im, cmap="magma", vmax=2 if im.ndim == 2 else None)
         ax.set(xticks=[], yticks=[])
+
+_STAIN_ROWS = "before", "after", "haematoxylin\n(bright: more)", "eosin\n(bright: more)"
 
 def plot_slides(
     found: dict, # from `compare_slides`
@@ -225,8 +227,8 @@ def plot_slides(
     for (name, slide), column in zip(found.items(), axes.T):
         _show_slide(column, slide)
         column[0].set_title(name, fontsize=8)
-    for ax, label in zip(axes[:, 0], ("before", "after", "haematoxylin", "eosin")): ax.set_ylabel(label, fontsize=8)
-    fig.suptitle("One look for all slides", fontsize=9)
+    for ax, label in zip(axes[:, 0], _STAIN_ROWS): ax.set_ylabel(label, fontsize=8)
+    fig.suptitle("One look for all slides: before, after, and the two dyes apart", fontsize=9)
     return fig
 
 # %% ../../nbs/spots/stain_files.ipynb #e64d6a97

@@ -277,11 +277,11 @@ def export_h5ad(run_dir: Path, out: Path):
     from histokit.spots.h5ad import export_run
     typer.echo(f"wrote {export_run(run_dir, out)}")
 
-# %% ../nbs/cli.ipynb #8831eeaa
-@command(name="explore")
+# %% ../nbs/cli.ipynb #81164baf
+@command(name="explore", example="explore runs/demo")
 def explore_command(
     data: Annotated[Path, typer.Argument(help="a data file, or the folder of a finished run")],
-    html: Annotated[Optional[Path], typer.Option(help="write one page that holds everything, and serve nothing")] = None,
+    html: Annotated[Optional[Path], typer.Option(help="write one page that holds everything instead")] = None,
     max_mb: Annotated[float, typer.Option(help="size of that page; tiles are as fine as fit")] = 30.,
     port: Annotated[int, typer.Option(help="of the local server; 0 takes a free one")] = 0,
     no_browser: Annotated[bool, typer.Option("--no-browser", help="print the address and open nothing")] = False,

@@ -173,7 +173,7 @@ def ready_kernel_manager():          # a class for nbclient's `kernel_manager_cl
 
     return ReadyKernelManager
 
-# %% ../../nbs/core/notebooks.ipynb #0ffc8afa
+# %% ../../nbs/core/notebooks.ipynb #7668c815
 NEWS = re.compile(r"(fold|slide) \S+  |random split  ")     # how a line begins that is shown while a stage runs
 
 class _Echo:
@@ -195,14 +195,14 @@ class _Heartbeat(threading.Thread):
         self.start_time = self.last = time.monotonic()
     def show(self, line):
         self.last = time.monotonic()
-        self.shown(line)
+        self.shown(Passing(f"{line}; the stage{self.rest()}") if isinstance(line, Passing) and self.rest() else line)
     def run(self):
         while not self.stop.wait(1.):
-            if time.monotonic() - self.last >= self.silence: self.show(Passing(self.line()))
-    def line(self):
-        worked = time.monotonic() - self.start_time
-        rest = f", about {duration(self.expected - worked)} left" if self.expected > worked else ""
-        return f"at work for {duration(worked)}{rest}"
+            if time.monotonic() - self.last >= self.silence: self.show(Passing(f"at work for {duration(self.worked())}"))
+    def worked(self): return time.monotonic() - self.start_time
+    def rest(self):
+        left = self.expected - self.worked()
+        return f" about {duration(left)} more" if left > 1 else ""
     def __enter__(self):
         self.start()
         return self

@@ -57,6 +57,7 @@ _CORNERS = tuple(View(f"{v}_{h}", partial(crop, y=y, x=x)) for y, v in enumerate
 
 VIEWS = {                                   # name of a list -> its views
     "none": _D[:1],
+    "mirror": (_D[0], _D[4]),
     "flips": (_D[0], _D[4], _D[6], _D[2]),
     "dihedral": _D,
     "centre": (_CENTRE,),

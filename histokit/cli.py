@@ -222,12 +222,13 @@ def score(
     first = f"mean per-spot Spearman {value['per_spot']:.4f}{interval} over {value['spots']} spots"
     say(value, f"{first}; per type {value['per_type']:.4f}\n{text or _WITHOUT_DATA}", as_json)
 
-# %% ../nbs/cli.ipynb #919602bb
+# %% ../nbs/cli.ipynb #5846c44f
 def _stained(name, report):
     "What became of a picture, in one line."
     left = "left as it is" if report.get("written", True) else "not written"
     what = "normalised" if report["done"] else left
-    return f"{name}: {what}" + (f" ({report['reason']})" if report["reason"] else "")
+    reason = f" ({report['reason']})" if report["reason"] else ""
+    return "\n".join([f"{name}: {what}{reason}", *(f"  {note}" for note in report.get("notes", []))])
 
 @command(example="stain slides.h5 S_1 normalised.h5 --method macenko")
 def stain(

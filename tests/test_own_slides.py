@@ -404,7 +404,11 @@ def test_an_existing_file_is_not_replaced_unasked(painted, tmp_path):
 
 def test_the_wrong_picture_is_noticed(outs, tmp_path):
     hires = outs/"outs/spatial/tissue_hires_image.png"
-    Image.new("RGB", Image.open(hires).size, (252, 252, 252)).save(hires)                            # bare glass
+    glass = Image.new("RGB", Image.open(hires).size, (252, 252, 252))
+    glass.save(hires)
+    with pytest.raises(BadInput, match="is one flat colour"): import_visium(outs, None, tmp_path/"a.h5", split="Test")
+    glass.putpixel((3, 3), (250, 240, 250))                                                # not quite flat
+    glass.save(hires)
     result = import_visium(outs, outs/"proportions.csv", tmp_path/"a.h5")
     assert any("lie on tissue" in w for w in result.warnings)
 

@@ -45,7 +45,7 @@ def open_h5(
     except FileNotFoundError: raise BadInput(f"{path} does not exist; give the path of an HDF5 file") from None
     except OSError as e: raise _open_error(path, e) from None
 
-# %% ../../nbs/core/hdf5.ipynb #756bf650
+# %% ../../nbs/core/hdf5.ipynb #bf14b404
 @contextmanager
 def reading(
     where: str,      # what is read, for the message
@@ -56,7 +56,8 @@ def reading(
     except (OSError, RuntimeError) as e:
         if isinstance(e, OSError) and error_number(e) and (known := read_error(where, e)): raise known from None
         mend = "the file is damaged, copy it again"
-        if "filter" in str(e) or "plugin" in str(e): mend = "a filter is not installed: pip install hdf5plugin"
+        missing = "required filter" in str(e) or "plugin" in str(e)
+        if missing: mend = "a filter is not installed: pip install hdf5plugin"
         if "external raw" in str(e): mend = "its values lie in another file, which is not there: bring it back"
         raise BadInput(f"{where} cannot be read ({one_line(e)}); {mend}") from None
 
@@ -171,12 +172,12 @@ def copy_item(
     else: source.copy(item, target, name)
     seen.setdefault(_key(item), target[name])
 
-# %% ../../nbs/core/hdf5.ipynb #b00f80e4
+# %% ../../nbs/core/hdf5.ipynb #acdbe847
 def plain_value(
     value,        # as h5py gives it: number, text, bytes, array, Empty
     names=None,   # value -> name, of an enumeration
 ):                # text, number, a list of these, or None where there is none
-    "What an attribute says, without the form it was written in: no bytes, no arrays of one element, no blanks around it."
+    "What an attribute says, without the form it was written in: no bytes, arrays of one, blanks around it."
     if value is None or isinstance(value, h5py.Empty): return None
     if isinstance(value, np.ndarray) and value.dtype.names is None:
         values = [plain_value(v, names) for v in value.ravel().tolist()]

@@ -204,7 +204,7 @@ def made(run): return sorted(str(p.relative_to(run)) for p in run.rglob("*") if 
 
 # --- stopped ----------------------------------------------------------------------------------------------------------
 
-START = [sys.executable, "-c", "from histokit.start import main; main()"]
+START = [sys.executable, "-c", "from histokit.start import begin; begin()"]
 
 
 def stopped(args, when, *signals, folder):

@@ -20,7 +20,7 @@ from histokit.core.pixels import (Picture, as_picture, as_rgb, as_uint8, check_r
     upright)
 from .text import BadInput, choose, one_line, positive_number
 
-# %% ../../nbs/core/pictures.ipynb #c46a70c2
+# %% ../../nbs/core/pictures.ipynb #f68e4e26
 _READERS = dict(count=0, limit=None)
 _LOCK = threading.Lock()
 
@@ -56,10 +56,11 @@ def _opened(path, why=""):
     except UnidentifiedImageError: raise _not_a_picture(path, why) from None
     except Exception as e:
         if isinstance(e, OSError) and (known := read_error(path, e)): raise known from None
+        if "cannot find loader" in str(e): raise _not_a_picture(path, why) from None
         what = f"cannot be read as a picture ({one_line(e)})"
         raise BadInput(f"{path} {what}; {why or 'copy or download it again'}") from None
 
-# %% ../../nbs/core/pictures.ipynb #8da2bbc0
+# %% ../../nbs/core/pictures.ipynb #de7d4592
 _WHOLE = 2**28      # pixels of a TIFF that is read whole where windows cannot be had: 0.8 GB of RGB
 
 def _optional(package):
@@ -119,7 +120,8 @@ def _read_whole(path, why="", limit=None, least=0):
         _check_single(path, im, why)
         _check_signs(path, im)
         if limit and im.width * im.height > limit:
-            raise BadInput(f"{path} is too large to be read whole ({im.width} x {im.height} pixels), and {why}")
+            reason = why or f"at most {limit:,} pixels are read here; save it smaller"
+            raise BadInput(f"{path} is too large to be read whole ({im.width} x {im.height} pixels), and {reason}")
         halved, notes = _is_halved(path, im), _profile_note(im.info.get("icc_profile"))
         if least: im.draft(None, (least, least))
         im.load()
@@ -381,7 +383,7 @@ def _open_tiff(path):
         stack.pop_all()                                              # it stays open for the picture
     return picture, ""
 
-# %% ../../nbs/core/pictures.ipynb #87c31b86
+# %% ../../nbs/core/pictures.ipynb #e1a7a2cf
 def _kind_of(path):
     "tiff, dicom or \"\", by a file's first bytes; `BadInput` where it is no file that can be read."
     try:
@@ -392,11 +394,11 @@ def _kind_of(path):
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"): return "tiff"
     return "dicom" if is_dicom(head) else ""
 
-def _open_any(path, least=0):
+def _open_any(path, least=0, most=None):
     "A picture file, its range not looked at yet."
     kind = _kind_of(path)
     if kind == "dicom": return as_picture(read_dicom(path))
-    if kind != "tiff": return _read_whole(path, least=least)
+    if kind != "tiff": return _read_whole(path, limit=most, least=least)
     picture, why = _open_tiff(path)
     return picture or _read_whole(path, why, _WHOLE)
 
@@ -425,9 +427,13 @@ def read_picture(
 def read_stored(
     path,            # as for `open_picture`
     least: int = 0,  # pixels a side that are needed: a JPEG is read at a half, a quarter or an eighth while it has them
+    most: int = _WHOLE, # pixels of a picture that is read at all
 )->np.ndarray:       # (H, W), (H, W, 3) or (H, W, 4), of any numbers
     "All pixels of a picture file in whatever range they are, for a reader that chooses a window itself."
-    with _open_any(path, least) as picture: return picture[:, :]
+    with _open_any(path, least, most) as picture:
+        height, width = picture.shape[:2]
+        if height * width <= most: return picture[:, :]
+    raise BadInput(f"{path} has {width} x {height} pixels, and at most {most:,} are read here; save it smaller")
 
 def read_rgb(
     path,                # as for `open_picture`

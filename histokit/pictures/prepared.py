@@ -30,7 +30,7 @@ from .folders import PictureTable, find_pictures
 from .folds import deal_pictures
 from .settings import PictureSettings
 
-# %% ../../nbs/pictures/prepared.ipynb #5a98d40c
+# %% ../../nbs/pictures/prepared.ipynb #3ab5ee41
 LARGEST_PICTURE = 2**27      # pixels: 400 MB of RGB; a mammogram has a fifth of that
 SMALLEST_SIDE = 8            # pixels
 
@@ -42,15 +42,12 @@ class Square:
     height: int
     deep: bool               # whether it had more than 8 bits, and a window was chosen
 
-def _checked_size(path):
-    "Width and height; `BadInput` where a picture is too large to be read, or too small to show anything."
-    width, height = picture_size(path)
-    if width * height > LARGEST_PICTURE:
-        limit = f"{LARGEST_PICTURE / 1e6:.0f} million are read at most"
-        raise BadInput(f"{path} claims {width} x {height} pixels, and {limit}; save it smaller")
-    if min(width, height) < SMALLEST_SIDE:
-        raise BadInput(f"{path} has {width} x {height} pixels, which show nothing; give the picture itself")
-    return width, height
+def _size_of(path, stored):
+    "Width and height of the file's picture; a JPEG may have been decoded smaller than it is."
+    with open(path, "rb") as f: jpeg = f.read(2) == b"\xff\xd8"
+    width, height = picture_size(path) if jpeg else stored.shape[1::-1]
+    if min(width, height) >= SMALLEST_SIDE: return width, height
+    raise BadInput(f"{path} has {width} x {height} pixels, which show nothing; give the picture itself")
 
 def _resized(pixels, px, fit):
     "Grey or RGB bytes as a square."
@@ -70,8 +67,8 @@ def read_square(
     fit: str = "stretch",    # or pad, crop
 )->Square:
     "A picture file as a square of bytes; `BadInput` where it cannot be used."
-    width, height = _checked_size(path)
-    stored = read_stored(path, least=px)
+    stored = read_stored(path, least=px, most=LARGEST_PICTURE)
+    width, height = _size_of(path, stored)
     pixels = as_bytes(stored, str(path))
     if pixels.shape[2:] == (4,): pixels = as_rgb(pixels, str(path))
     return Square(_resized(pixels, px, fit), width, height, stored.dtype not in (np.uint8, bool))

@@ -6,7 +6,7 @@
 __all__ = ['weights_sha256', 'model_identity', 'hash_pictures', 'dataset_identity', 'code_sha256', 'code_identity', 'feature_key',
            'view_list', 'cached_features', 'list_features', 'mean_view']
 
-# %% ../../nbs/frozen/features.ipynb #167618b0
+# %% ../../nbs/frozen/features.ipynb #08b89dab
 from functools import partial
 from pathlib import Path
 import ast, hashlib, importlib.util, inspect, tempfile, textwrap, time
@@ -20,7 +20,7 @@ from .. import __version__
 from ..core.compute import pick_device
 from ..core.files import atomic, cache_dir, file_sha256, plain, read_json, sha256_of, write_json
 from ..core.progress import track
-from ..core.text import BadInput, choose
+from ..core.text import BadInput, choose, one_line
 from ..learn.batches import loader, predict_batches
 from ..learn.devices import pick_precision
 from ..learn.views import VIEWS, find_views, view_name
@@ -149,7 +149,7 @@ def view_list(
     if seeds and len(set(seeds)) == len(seeds): return seeds
     raise BadInput(f"views={views}: give a number of draws, or different seeds")
 
-# %% ../../nbs/frozen/features.ipynb #ff9142eb
+# %% ../../nbs/frozen/features.ipynb #f33d43a0
 def _fault(
     file,          # .npy of a view
     identity,      # what it should hold
@@ -160,7 +160,15 @@ def _fault(
     try: facts = read_json(beside)
     except BadInput: return "its description cannot be read"
     if facts.get("identity") != plain(identity): return "its description is of something else"
-    return "" if file_sha256(file) == facts.get("sha256") else "its bytes are not those that were written"
+    try: same = file_sha256(file) == facts.get("sha256")
+    except OSError as e: return f"it cannot be read ({e.strerror})"
+    return "" if same else "its bytes are not those that were written"
+
+def _in_memory(batches):
+    "A view without a file, in the precision that a file would have."
+    x = np.concatenate([np.ascontiguousarray(b, np.float32) for b in batches])
+    if not np.isfinite(x).all(): raise BadInput(_NOT_FINITE)
+    return x.astype(np.float16) if _half_error(x) <= _HALF_ERROR else x
 
 def _cached_view(
     file,          # .npy
@@ -172,12 +180,18 @@ def _cached_view(
     "A view from disk, made when it is missing or not sound."
     fault = _fault(file, identity) if file.exists() else ""
     if fault: log(f"{file} is made again: {fault}")
-    if fault or not file.exists():
-        start = time.time()
+    if not fault and file.exists(): return np.load(file, mmap_mode="r")
+    start = time.time()
+    try:
         facts = _write_features(file, make())
-        blur = f"half would blur a feature by {facts['half_error']:.0%} of its spread"
-        if facts["dtype"] != "float16": log(f"{file.name} is kept in single precision: {blur}")
-        write_json(file.with_suffix(".json"), dict(identity=identity, **facts, seconds=time.time() - start, **about))
+        about = about | dict(seconds=time.time() - start)
+        write_json(file.with_suffix(".json"), dict(identity=identity, **facts, **about))
+    except BadInput as e:
+        if not isinstance(e.__cause__, OSError): raise
+        log(f"{one_line(e)}; going on with this view in memory")
+        return _in_memory(make())
+    blur = f"half would blur a feature by {facts['half_error']:.0%} of its spread"
+    if facts["dtype"] != "float16": log(f"{file.name} is kept in single precision: {blur}")
     return np.load(file, mmap_mode="r")
 
 # %% ../../nbs/frozen/features.ipynb #33e0ae89

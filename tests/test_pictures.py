@@ -1,6 +1,7 @@
 "What the pictures notebook cannot say about itself: every kind of TIFF, faults, memory, and stain tile by tile."
 import os, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ WINDOWS += [np.s_[186:187, 160:161], np.s_[5:5, 0:9]]
 
 def save(path, image, **how):
     "Write a TIFF by tifffile."
-    if how.get("planarconfig"): image = np.moveaxis(image, -1, 0)
+    if how.get("planarconfig") == "separate": image = np.moveaxis(image, -1, 0)
     tifffile.imwrite(path, image, **({"photometric": "rgb"} if image.ndim == 3 else {}) | how)
     return path
 
@@ -443,3 +444,211 @@ print(peak[1] - peak[0])
     more = 3 * (sides[1]**2 - sides[0]**2) / 2**20
     assert float(done.stdout) < more / 2, f"{done.stdout} MB of memory for {more:.0f} MB more of pixels"
     with open_picture(tmp_path/"out_4000.tif") as out: assert out.shape == slide.shape and out.pyramid
+
+
+# what people bring: bits, signs, turns, palettes, alphas, scales, endings that lie
+
+def png16(path, image):
+    "A PNG of 16 bits a channel, written byte by byte, since Pillow writes none in colour."
+    import struct, zlib
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[image.shape[2] if image.ndim == 3 else 1]
+    rows = image.astype(">u2").reshape(len(image), -1)
+    body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    head = struct.pack(">IIBBBBB", image.shape[1], len(image), 16, kind, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+    return path
+
+
+def of_bits(image, bits): return (image.astype(np.uint32) * (2**bits - 1) // 255).astype(np.uint16)
+
+
+DEEP_FILES = {
+    "tiles": lambda p, a: save(p/"a.tif", a, tile=(32, 32), **ZIP),
+    "big end first": lambda p, a: save(p/"a.tif", a, byteorder=">"),
+    "planes": lambda p, a: save(p/"a.tif", a, **PLANES),
+    "grey": lambda p, a: save(p/"a.tif", a[..., 1]),
+    "png": lambda p, a: png16(p/"a.png", a),
+    "grey png": lambda p, a: png16(p/"a.png", a[..., 1]),
+    "alpha png": lambda p, a: png16(p/"a.png", np.dstack([a, np.full(a.shape[:2], 65535, np.uint16)])),
+}
+
+@pytest.mark.parametrize("kind", DEEP_FILES)
+def test_fewer_bits_than_the_type_has_are_refused_at_every_reader(tmp_path, kind):
+    for bits in (8, 10, 12, 14):
+        path = DEEP_FILES[kind](tmp_path, of_bits(OTHER, bits))
+        for read in (open_picture, read_picture, read_rgb):
+            with pytest.raises(BadInput, match=f"{path.name} is uint16 .* of {bits} bits; "): read(path)
+    path = DEEP_FILES[kind](tmp_path, of_bits(OTHER, 16))
+    expected = np.dstack([OTHER[..., 1]] * 3) if "grey" in kind else OTHER
+    assert np.abs(read_rgb(path).astype(int) - expected).max() <= 1
+
+
+def test_bits_that_are_named_are_spread(tmp_path):
+    twelve = of_bits(OTHER, 12)
+    assert np.abs(as_uint8(read_picture(save(tmp_path/"a.tif", twelve), bits=12)).astype(int) - OTHER).max() <= 1
+    assert np.array_equal(read_picture(tmp_path/"a.tif", bits=16), twelve)
+    with pytest.raises(BadInput, match="more than 10 bits hold"): read_picture(tmp_path/"a.tif", bits=10)
+    ome = dict(ome=True, metadata=dict(axes="YXS", SignificantBits=12))
+    top = dict(extratags=[(281, "H", 1, 4095, True)])
+    for how in (ome, top):
+        with open_picture(save(tmp_path/"a.tif", twelve, **how)) as picture:
+            assert "12 bits, as its file says" in picture.notes[0]
+            assert np.abs(as_uint8(picture[:, :]).astype(int) - OTHER).max() <= 1
+    with pytest.raises(BadInput, match="of 12 bits"):                        # its largest value says nothing of its bits
+        read_rgb(save(tmp_path/"a.tif", twelve, extratags=[(281, "H", 1, int(twelve.max()), True)]))
+
+
+@pytest.mark.parametrize("type_", [np.float16, np.float32, np.float64])
+def test_floats(tmp_path, type_):
+    unit = (OTHER / 255).astype(type_)
+    assert np.abs(read_rgb(save(tmp_path/"a.tif", unit)).astype(int) - OTHER).max() <= 1
+    wrong = {"divide by 255 ": OTHER.astype(type_), "scaled to 0-1 twice": (OTHER / 255**2).astype(type_)}
+    wrong |= {"not finite": np.where(OTHER > 200, np.nan, unit).astype(type_), "scale them to 0-1": unit - type_(.5)}
+    if type_ != np.float16: wrong["divide by 65535"] = of_bits(OTHER, 16).astype(type_)
+    for words, image in wrong.items():
+        with pytest.raises(BadInput, match=f"a.tif h.* {words}"): read_rgb(save(tmp_path/"a.tif", image))
+
+
+@pytest.mark.parametrize("type_", [np.int8, np.int16, np.int32, np.uint32, np.complex64])
+def test_what_is_refused_is_not_guessed_by_a_second_reader(tmp_path, type_, monkeypatch):
+    for image in (OTHER[..., 0] // 2, OTHER // 2):
+        for how in ({}, dict(tile=(32, 32))):
+            path = save(tmp_path/"a.tif", image.astype(type_), **how)
+            with pytest.raises(BadInput, match=f"is not read: .*{np.dtype(type_)}.*save it as RGB"): read_rgb(path)
+    save(tmp_path/"a.tif", image.astype(np.int16))
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(BadInput): read_rgb(tmp_path/"a.tif")
+
+
+@pytest.mark.parametrize("turn", [0, *TURNS, 9])
+@pytest.mark.parametrize("image", [OTHER, DEEP, ALPHA, GREY], ids=["rgb", "deep", "alpha", "grey"])
+def test_turned_tiffs_are_read_in_windows(tmp_path, turn, image):
+    how = dict(tile=(48, 32), **ZIP, **(RGBA if image is ALPHA else {}))
+    tag = dict(extratags=[(274, "H", 1, turn, True)], resolution=(10000, 5000), resolutionunit="CENTIMETER")
+    expected = TURNS.get(turn, np.asarray)(image)
+    with open_picture(save(tmp_path/"a.tif", image, **how, **tag)) as picture:
+        assert picture.shape == expected.shape and np.array_equal(picture[:, :], expected)
+        assert np.array_equal(picture[31:97, 50:133], expected[31:97, 50:133])
+        assert picture.um_per_px == pytest.approx((2, 1) if turn in (5, 6, 7, 8) else (1, 2))
+        assert any("taken as upright" in n for n in picture.notes) == (turn not in TURNS)
+    assert picture_size(tmp_path/"a.tif") == expected.shape[1::-1]
+
+
+def test_palettes_and_alphas_of_tiffs(tmp_path):
+    index = OTHER[..., 0] // 16
+    table = np.random.default_rng(0).integers(0, 256, (256, 3))
+    for scale in (1, 257):                                      # some writers store 8 bits of the 16
+        how = dict(photometric="palette", colormap=(table * scale).T.astype(np.uint16), tile=(32, 32))
+        assert np.array_equal(read_picture(save(tmp_path/"a.tif", index, **how)), table[index])
+    half = np.full_like(GREY, 128)
+    grey = dict(photometric="minisblack", planarconfig="contig", tile=(32, 32))
+    straight = save(tmp_path/"a.tif", np.dstack([GREY, half]), **grey, extrasamples=["unassalpha"])
+    assert np.array_equal(read_picture(straight), np.dstack([GREY, GREY, GREY, half]))
+    multiplied = save(tmp_path/"a.tif", np.dstack([GREY // 2, half]), **grey, extrasamples=["assocalpha"])
+    assert np.abs(read_picture(multiplied)[..., 0].astype(int) - GREY).max() <= 2
+    floats = (np.dstack([OTHER / 255 / 2, np.full(GREY.shape, .5)])).astype(np.float32)
+    got = read_picture(save(tmp_path/"a.tif", floats, extrasamples=["assocalpha"]))
+    assert np.abs(got[..., :3] - OTHER / 255).max() < 1e-5
+    with open_picture(save(tmp_path/"a.tif", np.dstack([GREY, half]), **grey, extrasamples=["unspecified"])) as picture:
+        assert np.array_equal(picture[:, :], GREY) and "was left out" in picture.notes[0]
+    for white in (1 - (GREY / 255).astype(np.float32), 65535 - DEEP[..., 1]):
+        got = read_rgb(save(tmp_path/"a.tif", white, photometric="miniswhite"))
+        assert np.abs(got[..., 0].astype(int) - GREY).max() <= 1
+    with open_picture(save(tmp_path/"a.tif", OTHER, photometric="minisblack", planarconfig="contig")) as picture:
+        assert np.array_equal(picture[:, :], OTHER) and "not said to be colours" in picture.notes[0]
+
+
+def test_a_transparent_grey_of_16_bits(tmp_path):
+    import struct, zlib
+    deep = of_bits(GREY, 16)
+    data = png16(tmp_path/"a.png", deep).read_bytes()
+    chunk = b"tRNS" + struct.pack(">H", int(deep[5, 5]))
+    chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    at = data.index(b"IDAT") - 4
+    (tmp_path/"a.png").write_bytes(data[:at] + chunk + data[at:])
+    got = read_rgb(tmp_path/"a.png")
+    assert (got[deep == deep[5, 5]] == 255).all() and np.abs(got[deep != deep[5, 5]][:, 0].astype(int)
+        - GREY[deep != deep[5, 5]]).max() <= 1
+
+
+def test_which_of_several_pictures(tmp_path):
+    for sizes, words in (([1, 1], "holds 2 pictures of one size"), ([2, 1], ""), ([1, 2], "")):
+        with tifffile.TiffWriter(tmp_path/"a.tif") as file:
+            for i, k in enumerate(sizes): file.write(OTHER[::k, ::k], photometric="rgb", compression=["zlib", "lzma"][i])
+        if words:
+            with pytest.raises(BadInput, match=words): read_rgb(tmp_path/"a.tif")
+            continue
+        with open_picture(tmp_path/"a.tif") as picture:
+            assert picture.shape == OTHER.shape and picture.notes == ("the largest of its 2 pictures was taken",)
+
+
+@pytest.mark.parametrize("text", ["MPP = 0", "MPP = 0,5", "MPP = .", "MPP = unknown", "MPP = -1", "MPP=nan"])
+def test_a_scale_that_is_none_stops_nothing(tmp_path, text):
+    aperio = dict(description=f"Aperio Image Library |AppMag = 40|{text}|x", metadata=None)
+    with open_picture(save(tmp_path/"a.tif", OTHER, **aperio)) as picture:
+        right = text == "MPP = 0,5"
+        assert picture.um_per_px == ((.5, .5) if right else None) and bool(picture.notes) != right
+        write_picture(tmp_path/"b.tif", replace(picture, pyramid=True), tile=32)
+    assert np.array_equal(read_picture(tmp_path/"b.tif"), OTHER)
+
+
+@pytest.mark.parametrize("x,y,unit,expected", [("0.0", "0.0", "µm", None), ("250", "500", "nm", (.25, .5)),
+    ("2.5E-4", "5E-4", "mm", (.25, .5)), (".25", "", "µm", None), ("1", "1", "pixel", None), ("0,25", "0,5", "µm", (.25, .5))])
+def test_the_scale_of_ome(tmp_path, x, y, unit, expected):
+    size = f'PhysicalSizeX="{x}" PhysicalSizeXUnit="{unit}" PhysicalSizeY="{y}" PhysicalSizeYUnit="{unit}"'
+    head = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels'
+    shape = 'DimensionOrder="XYCZT" ID="Pixels:0" SizeC="3" SizeT="1" SizeX="161" SizeY="187" SizeZ="1" Type="uint8"'
+    channel = '<Channel ID="Channel:0:0" SamplesPerPixel="3"/><TiffData IFD="0"/></Pixels></Image></OME>'
+    text = f"{head} {shape} {size}>{channel}".encode()
+    with open_picture(save(tmp_path/"a.ome.tif", OTHER, description=text, metadata=None)) as picture:
+        assert picture.um_per_px == (expected and pytest.approx(expected)) and bool(picture.notes) == (not expected)
+
+
+def test_metadata_that_is_broken_stops_no_picture(tmp_path):
+    Image.fromarray(OTHER).save(tmp_path/"a.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\xff\xff")
+    Image.fromarray(OTHER).save(tmp_path/"b.png", icc_profile=b"no profile")
+    for name in "ab": assert np.array_equal(read_rgb(tmp_path/f"{name}.png"), OTHER)
+    with open_picture(tmp_path/"b.png") as picture: assert "profile (one that cannot be read) was not" in picture.notes[0]
+    from PIL import ImageCms
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(OTHER).save(tmp_path/"b.png", icc_profile=profile)
+    with open_picture(tmp_path/"b.png") as picture: assert not picture.notes
+
+
+DISGUISED = {"zip": (b"PK\x03\x04" + bytes(30), "a ZIP archive.*unpack it first"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(30), "packed with gzip.*unpack it first"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "login": (b"<!DOCTYPE html><html>", "a web page.*download"), "empty": (b"", "it is empty.*download it again"),
+    "zeros": (bytes(5000), "zeros only.*again"), "slides": (b"\x89HDF\r\n\x1a\n" + bytes(30), "an HDF5 file.*use PNG"),
+    "text": (b"x,y\n1,2\n", "it is text.*use PNG, JPEG or TIFF")}
+
+@pytest.mark.parametrize("kind", DISGUISED)
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_endings_that_lie(tmp_path, kind, suffix):
+    data, words = DISGUISED[kind]
+    (tmp_path/f"a.{suffix}").write_bytes(data)
+    for read in (read_rgb, picture_size):
+        with pytest.raises(BadInput, match=words): read(tmp_path/f"a.{suffix}")
+    Image.fromarray(OTHER).save(tmp_path/"b", "PNG" if suffix != "png" else "TIFF")
+    assert np.array_equal(read_rgb((tmp_path/"b").rename(tmp_path/f"c.{suffix}")), OTHER)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp"])
+def test_what_is_cut_off_is_not_said_to_be_of_a_wrong_kind(tmp_path, suffix):
+    Image.fromarray(OTHER).save(tmp_path/"a", dict(jpg="JPEG").get(suffix, suffix.upper()))
+    data = (tmp_path/"a").read_bytes()
+    (tmp_path/f"a.{suffix}").write_bytes(data[:len(data) // 2])
+    with pytest.raises(BadInput, match="copy or download it again"): read_rgb(tmp_path/f"a.{suffix}")
+
+
+def test_what_was_guessed_is_said_with_the_stain(tmp_path):
+    from typer.testing import CliRunner
+    from histokit.cli import app
+    write_picture(tmp_path/"ref.png", SLIDE)
+    save(tmp_path/"a.tif", SLIDE, photometric="minisblack", planarconfig="contig")
+    done = CliRunner().invoke(app, ["stain", *(str(tmp_path/n) for n in ("a.tif", "ref.png", "b.png"))])
+    assert done.exit_code == 0 and "not said to be colours" in done.stdout
+    save(tmp_path/"c.tif", SLIDE // 200)
+    done = CliRunner().invoke(app, ["stain", *(str(tmp_path/n) for n in ("c.tif", "ref.png", "d.png"))])
+    assert done.exit_code == 1 and "c.tif holds only 0 and 1" in done.stderr and not (tmp_path/"d.png").exists()

@@ -20,7 +20,7 @@ from histokit.core.pixels import (Picture, as_picture, as_rgb, as_uint8, check_r
     upright)
 from .text import BadInput, choose, one_line, positive_number
 
-# %% ../../nbs/core/pictures.ipynb #f68e4e26
+# %% ../../nbs/core/pictures.ipynb #6592bfb5
 _READERS = dict(count=0, limit=None)
 _LOCK = threading.Lock()
 
@@ -47,16 +47,17 @@ def _not_a_picture(path, why=""):
 @contextlib.contextmanager
 def _opened(path, why=""):
     "A file opened by Pillow; what Pillow raises in the block becomes a `BadInput`, with why it was asked."
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageFile, UnidentifiedImageError
     try:
-        with _any_size(), Image.open(path) as im: yield im
+        with _any_size(), Image.open(path) as im:
+            if isinstance(im, ImageFile.StubImageFile): raise _not_a_picture(path, why)
+            yield im
     except BadInput: raise
     except MemoryError:
         raise BadInput(f"{path} does not fit in memory; {why or 'save it as a TIFF in tiles'}") from None
     except UnidentifiedImageError: raise _not_a_picture(path, why) from None
     except Exception as e:
         if isinstance(e, OSError) and (known := read_error(path, e)): raise known from None
-        if "cannot find loader" in str(e): raise _not_a_picture(path, why) from None
         what = f"cannot be read as a picture ({one_line(e)})"
         raise BadInput(f"{path} {what}; {why or 'copy or download it again'}") from None
 

@@ -6,7 +6,7 @@
 __all__ = ['PARAMETER_TYPES', 'STAGE_HEADING', 'NEWS', 'Parameter', 'read_cells', 'is_parameters', 'stage_parameters',
            'names_used', 'exported_names', 'stage_cells', 'ready_kernel_manager', 'shorten', 'run_notebook']
 
-# %% ../../nbs/core/notebooks.ipynb #15eba17d
+# %% ../../nbs/core/notebooks.ipynb #7ab38d68
 import ast, contextlib, functools, json, logging, os, re, threading, time
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .compute import KERNEL_ENVIRONMENT
 from .files import write_error
 from .processes import ready_processes, share_server, start_ready, without_main
-from .progress import Passing, duration, listen
+from .progress import Heartbeat, Passing, listen
 from .text import BadInput
 
 # %% ../../nbs/core/notebooks.ipynb #95c82ca4
@@ -173,7 +173,7 @@ def ready_kernel_manager():          # a class for nbclient's `kernel_manager_cl
 
     return ReadyKernelManager
 
-# %% ../../nbs/core/notebooks.ipynb #7668c815
+# %% ../../nbs/core/notebooks.ipynb #bc4eb370
 NEWS = re.compile(r"(fold|slide) \S+  |random split  ")     # how a line begins that is shown while a stage runs
 
 class _Echo:
@@ -185,30 +185,6 @@ class _Echo:
             if line.startswith(_MARK): self.show(Passing(line.removeprefix(_MARK)))
             if NEWS.match(line): self.show("    " + line)
     def flush(self): pass
-
-class _Heartbeat(threading.Thread):
-    "Says how long a stage has worked, and how long it may still take, where it says nothing itself."
-    silence = 5.
-    def __init__(self, show, expected):
-        super().__init__(daemon=True)
-        self.shown, self.expected, self.stop = show, expected, threading.Event()
-        self.start_time = self.last = time.monotonic()
-    def show(self, line):
-        self.last = time.monotonic()
-        self.shown(Passing(f"{line}; the stage{self.rest()}") if isinstance(line, Passing) and self.rest() else line)
-    def run(self):
-        while not self.stop.wait(1.):
-            if time.monotonic() - self.last >= self.silence: self.show(Passing(f"at work for {duration(self.worked())}"))
-    def worked(self): return time.monotonic() - self.start_time
-    def rest(self):
-        left = self.expected - self.worked()
-        return f" about {duration(left)} more" if left > 1 else ""
-    def __enter__(self):
-        self.start()
-        return self
-    def __exit__(self, *error):
-        self.stop.set()
-        self.join()
 
 class _PeakMemory(threading.Thread):
     "Samples the memory of this process's children."
@@ -292,8 +268,8 @@ def run_notebook(
     tmp = out.with_name(f".{out.stem}.tmp.ipynb")
     failed = out.with_name(f"{out.stem}.failed.ipynb")
     try:
-        with _PeakMemory() as memory, _Heartbeat(show, expected) as heart:
-            _execute(notebook, tmp, params, out.parent, heart.show)
+        with _PeakMemory() as memory, Heartbeat(show, expected) as heart:
+            _execute(notebook, tmp, params, out.parent, heart)
         _keep(tmp, out)
         failed.unlink(missing_ok=True)
     except (papermill.PapermillExecutionError, DeadKernelError) as e:

@@ -109,7 +109,7 @@ def form_of_template(
     numbers = all(t.kind in "iufb" for t in table.dtypes[1:])
     return AnswerForm(id_column, _as_ids(table[id_column]), columns[1:], numbers, unit)
 
-# %% ../../nbs/core/submission.ipynb #20916833
+# %% ../../nbs/core/submission.ipynb #e3230a31
 def _form(form, targets, unit="test spot"):
     "A form given as such, or as a number of rows and the targets."
     return form if isinstance(form, AnswerForm) else counted_form(form, targets, unit=unit, amounts=True)
@@ -163,7 +163,8 @@ def _check_values(table, form, where):
 
 def _check_amounts(values, form, where):
     "`BadInput` where amounts are asked for and z-scores are given."
-    if form.amounts and looks_standardised(values.to_numpy(float)): raise BadInput(f"{where}: {Z_SCORES}; {NO_Z_SCORES}")
+    if not form.amounts or not looks_standardised(values.to_numpy(float)): return
+    raise BadInput(f"{where}: {Z_SCORES}; {NO_Z_SCORES}")
 
 def check_submission(
     table,           # what was read or is to be written

@@ -6,7 +6,7 @@
 __all__ = ['check_between_slides', 'check_table', 'constant_scores', 'tissue_colour', 'colour_pairs', 'check_stains', 'SlideView',
            'read_views', 'check_views', 'check_file']
 
-# %% ../../nbs/spots/check_file.ipynb #fb10030b
+# %% ../../nbs/spots/check_file.ipynb #16fd7f3b
 from collections import Counter
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ import torch
 
 from ..core.checks import attempt, error, from_error, has_error, note, warning, worst_first
 from ..core.hdf5 import open_h5
+from ..core.progress import track
 from ..learn.scores import mean_spearman
 from ..learn.views import dihedral
 from .check_slides import (PixelSummary, check_sparsity, check_targets, lattice_turn, pixel_findings,
@@ -268,7 +269,7 @@ def _view_tissue(view):
     more, view.share = found or ([], float("nan"))
     return out + more
 
-# %% ../../nbs/spots/check_file.ipynb #f3e66e8f
+# %% ../../nbs/spots/check_file.ipynb #297dc6af
 def _note_findings(notes):
     "Sentences on what was ignored, each beginning with its place, as findings."
     for place, _, what in (n.partition(": ") for n in notes):
@@ -304,7 +305,7 @@ def read_views(
     with h5:
         walk = attempt(out, "", walk_slides, h5) or Walk()
         out += [*map(from_error, walk.troubles), *_note_findings(walk.notes)]
-        for place in walk.places:
+        for place in track(walk.places, "slides looked at"):
             each = max(1 << 22, budget // len(walk.places))
             read = attempt(out, f"{place.split}/{place.name}", _read_view, h5, place, each)
             found, view = read or ([], SlideView(place.name, place.split))
@@ -312,7 +313,7 @@ def read_views(
             views.append(view)
     return out, views
 
-# %% ../../nbs/spots/check_file.ipynb #31f86b8b
+# %% ../../nbs/spots/check_file.ipynb #1092bec4
 def _storage_notes(views):
     "How pictures and spots are stored."
     seen, types = {}, Counter()
@@ -332,8 +333,9 @@ def _compared(path, views, known):
     if factory is None: return [] if known else out        # what is known already says it better
     out += _note_findings(factory.notes)
     shares = {v.name: v.share for v in views}
-    for check in (lambda: check_between_slides(factory, summaries), lambda: check_table(factory),
-        lambda: [*_table_notes(factory, shares)], lambda: check_stains(summaries), lambda: [*_storage_notes(views)]):
+    checks = (lambda: check_between_slides(factory, summaries), lambda: check_table(factory),
+        lambda: [*_table_notes(factory, shares)], lambda: check_stains(summaries), lambda: [*_storage_notes(views)])
+    for check in track(checks, "comparisons of slides made"):
         out += attempt(out, "", check) or []
     return out
 

@@ -64,14 +64,15 @@ def _spot_picture(
         draw.ellipse((x - r, y - r, x + r, y + r), outline=(0, 90, 60), width=2)
     return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.LANCZOS)
 
-# %% ../../nbs/spots/check_page.ipynb #3f5d55d6
+# %% ../../nbs/spots/check_page.ipynb #b9124cbc
 def _gallery(views):
     "All slides with their spots, as many as fit."
     shown = [v for v in views if v.pixels is not None]
     if not shown: return Html("<p class=none>no picture could be read</p>")
     side = int(np.clip(1200 / np.sqrt(len(shown)), 160, 800))
     said = "<p class=facts>A ring for each spot, where the file puts it. Click on a picture to enlarge it.</p>"
-    return Html(said + html_gallery((f"{v.name}, {v.split}", _spot_picture(v, side)) for v in shown))
+    drawn = ((f"{v.name}, {v.split}", _spot_picture(v, side)) for v in track(shown, "slides drawn"))
+    return Html(said + html_gallery(drawn))
 
 # %% ../../nbs/spots/check_page.ipynb #3beff9a7
 def _swatch(rgb):

@@ -16,14 +16,15 @@ from ..core.text import choose
 from .bootstrap import Bootstrap, bootstrap_interval
 from .scores import SPEARMAN, Score
 
-# %% ../../nbs/learn/ladder.ipynb #035bf1e4
-RUNG_KINDS = ("model", "random", "constant", "oracle", "random split")
+# %% ../../nbs/learn/ladder.ipynb #743476df
+RUNG_KINDS = ("model", "random", "constant", "further constant", "oracle", "random split")
 
 @dataclass(frozen=True)
 class Rung:
     "An answer on a ladder, and what it stands for."
     pred: np.ndarray        # (n,) or (n, T)
-    kind: str = "model"     # of `RUNG_KINDS`; an oracle knows something of the truth
+    kind: str = "model"     # of `RUNG_KINDS`; an oracle knows something of the truth, skill is not measured against
+                            # a further constant
 
     def __post_init__(self): choose(self.kind, RUNG_KINDS, "kind of rung")
 

@@ -104,7 +104,7 @@ def plain_scores(
     per_type = PER_TYPE(submission[targets].to_numpy(), truth.sort_values("ID")[targets].to_numpy())
     return dict(per_spot=float(each.mean()), low=None, high=None, per_type=per_type, spots=len(each))
 
-# %% ../../nbs/spots/results.ipynb #45d033a2
+# %% ../../nbs/spots/results.ipynb #56a7d06e
 def _open_spots(data):
     "The factory and the spots of a data file, or of a run folder."
     if Path(data).is_dir(): return open_stage(data)
@@ -124,7 +124,8 @@ def score_ladder(
     check_submission(truth, len(test), targets, "truth")
     check_submission(submission, len(test), targets)
     true = truth[targets].to_numpy()
-    rungs = new_slide_rungs(train[targets].to_numpy(), true, neighbour_labels(test, true), seed)
+    slides = dict(train_slide=train.slide, test_slide=test.slide)
+    rungs = new_slide_rungs(train[targets].to_numpy(), true, neighbour_labels(test, true), seed, **slides)
     return spot_ladder(rungs | {name: submission[targets].to_numpy()}, true, test.slide, slide_blocks(test))
 
 # %% ../../nbs/spots/results.ipynb #b0dc0ca7

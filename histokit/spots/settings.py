@@ -219,12 +219,13 @@ def _check_ridge(network):
     if network.fusion != "none":
         raise BadInput(f"method=ridge does not see the place, and fusion={network.fusion} does; use fusion=none")
 
-# %% ../../nbs/spots/settings.ipynb #a823c331
+# %% ../../nbs/spots/settings.ipynb #8ece9da1
 @dataclass(frozen=True)
 class PredictionSettings:
     "04_tta_smoothing: second opinions, and how wide they are smoothed."
     views: str = "flips"
     smoothing: str = "auto"
+    ensemble: str = "mean"
     cache_mb: int = 2000
     workers: int = 0
     amp: bool = True
@@ -234,6 +235,7 @@ class PredictionSettings:
     def __post_init__(self):
         from histokit.learn.views import VIEWS
         choose(self.views, VIEWS, "views")
+        choose(self.ensemble, ("mean", "auto"), "ensemble")
         within(self, "cache_mb", "workers", low=0)
         check_device(self.device)
         if self.width < 0:

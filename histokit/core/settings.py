@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['within', 'settings_from', 'check_device']
 
-# %% ../../nbs/core/settings.ipynb #a96e182b
+# %% ../../nbs/core/settings.ipynb #49420321
 from dataclasses import fields
 
 from .compute import pick_device
-from .text import BadInput
+from .text import KINDS, BadInput, typed
 
-# %% ../../nbs/core/settings.ipynb #c20dced9
+# %% ../../nbs/core/settings.ipynb #a60a4bf0
 def within(
     settings,             # an object with attributes
     *names: str,          # of the numbers to check
@@ -32,8 +32,19 @@ def settings_from(
     kind,            # a dataclass of settings
     values: dict,    # name -> value, such as a notebook's globals()
 ):                   # an instance of it
-    "The settings that a notebook's parameters make; other names are left alone."
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+    "The settings that a notebook's parameters make, each of its declared type; other names are left alone."
+    given = {f.name: values[f.name] for f in fields(kind) if f.name in values}
+    declared = {f.name: f.type for f in fields(kind)} | values.get("__annotations__", {})
+    for name, of in declared.items():
+        if name not in values or of not in KINDS.values(): continue
+        found = _as_declared(name, values[name], of.__name__)
+        if name in given: given[name] = found
+    return kind(**given)
+
+def _as_declared(name, value, kind):
+    "A parameter as its declared type; papermill has read it by YAML's rules, where it was not told otherwise."
+    if not (kind == "str" and type(value) in (int, float, bool, type(None))): return typed(name, value, kind)
+    raise BadInput(f"parameter {name} is {value!r}, but must be text; quote it, or give it to papermill with -r")
 
 # %% ../../nbs/core/settings.ipynb #f93a4374
 def check_device(

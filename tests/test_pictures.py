@@ -451,7 +451,8 @@ print(peak[1] - peak[0])
 def png16(path, image):
     "A PNG of 16 bits a channel, written byte by byte, since Pillow writes none in colour."
     import struct, zlib
-    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    number = lambda n: struct.pack(">I", n)
+    def chunk(kind, data): return number(len(data)) + kind + data + number(zlib.crc32(kind + data))
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[image.shape[2] if image.ndim == 3 else 1]
     rows = image.astype(">u2").reshape(len(image), -1)
     body = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
@@ -495,7 +496,7 @@ def test_bits_that_are_named_are_spread(tmp_path):
         with open_picture(save(tmp_path/"a.tif", twelve, **how)) as picture:
             assert "12 bits, as its file says" in picture.notes[0]
             assert np.abs(as_uint8(picture[:, :]).astype(int) - OTHER).max() <= 1
-    with pytest.raises(BadInput, match="of 12 bits"):                        # its largest value says nothing of its bits
+    with pytest.raises(BadInput, match="of 12 bits"):                       # its largest value says nothing of its bits
         read_rgb(save(tmp_path/"a.tif", twelve, extratags=[(281, "H", 1, int(twelve.max()), True)]))
 
 
@@ -575,7 +576,8 @@ def test_a_transparent_grey_of_16_bits(tmp_path):
 def test_which_of_several_pictures(tmp_path):
     for sizes, words in (([1, 1], "holds 2 pictures of one size"), ([2, 1], ""), ([1, 2], "")):
         with tifffile.TiffWriter(tmp_path/"a.tif") as file:
-            for i, k in enumerate(sizes): file.write(OTHER[::k, ::k], photometric="rgb", compression=["zlib", "lzma"][i])
+            for k, packed in zip(sizes, ("zlib", "lzma")):
+                file.write(OTHER[::k, ::k], photometric="rgb", compression=packed)
         if words:
             with pytest.raises(BadInput, match=words): read_rgb(tmp_path/"a.tif")
             continue
@@ -594,10 +596,12 @@ def test_a_scale_that_is_none_stops_nothing(tmp_path, text):
 
 
 @pytest.mark.parametrize("x,y,unit,expected", [("0.0", "0.0", "µm", None), ("250", "500", "nm", (.25, .5)),
-    ("2.5E-4", "5E-4", "mm", (.25, .5)), (".25", "", "µm", None), ("1", "1", "pixel", None), ("0,25", "0,5", "µm", (.25, .5))])
+    ("2.5E-4", "5E-4", "mm", (.25, .5)), (".25", "", "µm", None), ("1", "1", "pixel", None),
+    ("0,25", "0,5", "µm", (.25, .5))])
 def test_the_scale_of_ome(tmp_path, x, y, unit, expected):
     size = f'PhysicalSizeX="{x}" PhysicalSizeXUnit="{unit}" PhysicalSizeY="{y}" PhysicalSizeYUnit="{unit}"'
-    head = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels'
+    head = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+    head += '<Image ID="Image:0"><Pixels'
     shape = 'DimensionOrder="XYCZT" ID="Pixels:0" SizeC="3" SizeT="1" SizeX="161" SizeY="187" SizeZ="1" Type="uint8"'
     channel = '<Channel ID="Channel:0:0" SamplesPerPixel="3"/><TiffData IFD="0"/></Pixels></Image></OME>'
     text = f"{head} {shape} {size}>{channel}".encode()
@@ -609,7 +613,7 @@ def test_metadata_that_is_broken_stops_no_picture(tmp_path):
     Image.fromarray(OTHER).save(tmp_path/"a.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\xff\xff")
     Image.fromarray(OTHER).save(tmp_path/"b.png", icc_profile=b"no profile")
     for name in "ab": assert np.array_equal(read_rgb(tmp_path/f"{name}.png"), OTHER)
-    with open_picture(tmp_path/"b.png") as picture: assert "profile (one that cannot be read) was not" in picture.notes[0]
+    with open_picture(tmp_path/"b.png") as picture: assert "profile (one that cannot be read) was" in picture.notes[0]
     from PIL import ImageCms
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(OTHER).save(tmp_path/"b.png", icc_profile=profile)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TITLES', 'prepare', 'bytes_needed', 'check_settings', 'report']
 
-# %% ../../nbs/spots/task.ipynb #7335bee0
+# %% ../../nbs/spots/task.ipynb #6ea8cd38
 import os
 
 import pandas as pd
@@ -13,13 +13,14 @@ import pandas as pd
 from ..core.checks import raise_errors
 from ..core.files import make_dir
 from ..core.runs import RunFolder
+from ..core.submission import check_submission, read_submission
 from ..core.text import BadInput
 from ..learn.ladder import format_ladder
 from .check_file import check_file
 from .settings import check_together
 from .slides import DataFactory
 
-# %% ../../nbs/spots/task.ipynb #c03bfa69
+# %% ../../nbs/spots/task.ipynb #f16f5187
 def prepare(
     ask,                  # stage -> parameters, with `get` and `put`
     run: RunFolder,
@@ -33,7 +34,15 @@ def prepare(
     raise_errors(dict(file=check_file(path)))
     if not factory.names("Test"):
         raise BadInput(f"{path} has no slide in spots/Test, so there is nothing to predict; add one")
+    _check_truth(ask.get("truth_path", ""), factory)
     return ask
+
+def _check_truth(path, factory):
+    "Raise `BadInput` where the truth of the test spots is given and is of others: now, not after the training."
+    if not path: return
+    truth = read_submission(path)
+    if "ID" in truth.columns: truth = truth.sort_values("ID")
+    check_submission(truth, int(factory.spots.split.eq("Test").sum()), factory.targets, str(path))
 
 def _prepare_demo(ask, run):
     "The demo's slides and truth in the run folder."

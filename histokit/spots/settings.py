@@ -6,14 +6,14 @@
 __all__ = ['METHODS_OF_LEARNING', 'SplitSettings', 'StainSettings', 'NetworkSettings', 'TrainingSettings', 'check_together',
            'PredictionSettings']
 
-# %% ../../nbs/spots/settings.ipynb #b46113c2
+# %% ../../nbs/spots/settings.ipynb #d1d86a84
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..core.settings import check_device, within
-from ..core.text import BadInput, choose, numbers
+from ..core.text import BadInput, as_number, choose, numbers
 
-# %% ../../nbs/spots/settings.ipynb #d4d65307
+# %% ../../nbs/spots/settings.ipynb #73a41404
 @dataclass(frozen=True)
 class SplitSettings:
     "00_data: which spots are held out together, and what becomes of the coordinates."
@@ -34,7 +34,7 @@ class SplitSettings:
 def _check_registration(mode):
     "Whether a way to register can be read."
     if mode in ("auto", "off"): return
-    if len(numbers(mode, "registration")) != 3:
+    if sum(as_number(part) is not None for part in mode.split(",")) != 3 or mode.count(",") != 2:
         raise BadInput(f"registration={mode}: give auto, off, or scale,dx,dy; for some slides S_1:off;S_2:0.93,0,0")
 
 # %% ../../nbs/spots/settings.ipynb #11880cb6

@@ -28,7 +28,7 @@ from histokit.spots.check_file import read_views
 from histokit.spots.mistakes import replace_dataset
 from histokit.spots.own_slides import import_visium
 from histokit.spots.slides import DataFactory
-from histokit.spots.stain_files import normalise_file
+from histokit.spots.stain_files import normalise_file, stain_image_file
 
 CLI = [sys.executable, "-c", "from histokit.cli import main; main()"]
 FIRST = "spots/Train/S_1"
@@ -187,7 +187,7 @@ def test_check_finds_all_of_it(demo_file, tmp_path):
     text = "\n".join(f"{f['where']}: {f['what']}" for f in report["errors"])
     assert result.exit_code == 1 and all(f["mend"] for f in report["errors"])
     for words in ("'c1'", "C1 of row 3 is -1", "C2 of row 5 is inf", "lie outside", "0-255",
-        "S_3 is missing"): assert words in text, (words, text)
+        "slide S_3 is in spots/Train only"): assert words in text, (words, text)
 
 
 def test_check_of_a_good_file(demo_file):
@@ -545,3 +545,23 @@ def test_the_range_of_a_slide_is_guarded_wherever_it_is_read(toy, tmp_path, kind
         lambda: normalise_file(toy, tmp_path/"out.h5", "none")]
     for f in reads: assert words in said(f)
     assert any(words in str(f) for f in read_views(toy)[0] if f.level == "error")
+
+
+def test_a_copy_keeps_the_kind_of_every_attribute(toy, tmp_path):
+    with h5py.File(toy, "r+") as h:
+        h["images/Train/S_1"].attrs.create("patient", 1, dtype=h5py.enum_dtype({"P1": 0, "P2": 1}))
+        h["images/Train/S_2"].attrs["patient"], h["images/Train/S_2"].attrs["seen"] = np.bytes_("P2"), h5py.Empty("f")
+    normalise_file(toy, tmp_path/"out.h5", "none")
+    factory = DataFactory(tmp_path/"out.h5")
+    assert factory.slides["S_1"].patient == factory.slides["S_2"].patient == "P2" and not factory.notes
+
+
+def test_pictures_of_a_folder_that_are_left_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("in/a.png", "in/B.TIF", "ref.png"):
+        write_picture(tmp_path/name, rng.integers(0, 255, (40, 40, 3), np.uint8))
+    for name in ("c.WEBP", "d.czi", "notes.txt"): (tmp_path/"in"/name).write_bytes(b"")
+    reports = stain_image_file(tmp_path/"in", tmp_path/"ref.png", tmp_path/"in"/"out", method="reinhard")
+    written = {n: r["written"] for n, r in reports.items()}
+    assert written == {"B.TIF": True, "a.png": True, "c.WEBP": False, "d.czi": False}
+    assert "of a folder only .png, .jpg" in reports["d.czi"]["reason"]

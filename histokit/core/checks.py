@@ -7,11 +7,12 @@ __all__ = ['FINDING_LEVELS', 'Finding', 'error', 'warning', 'note', 'worst_first
            'attempt', 'located', 'expect_finding', 'expect_quiet', 'check_scale', 'html_findings', 'show_findings',
            'raise_errors']
 
-# %% ../../nbs/core/checks.ipynb #326b66d8
+# %% ../../nbs/core/checks.ipynb #c5a175e9
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from .files import read_error
 from .page import Html, html_table
 from .text import BadInput, choose, one_line
 
@@ -73,15 +74,22 @@ def format_findings(
     "The findings as text."
     return "\n".join(map(str, worst_first(findings))) or "nothing found: all is well"
 
-# %% ../../nbs/core/checks.ipynb #069fccb9
+# %% ../../nbs/core/checks.ipynb #d09bc0ff
 def from_error(
     e: Exception,      # BadInput, or what a library raised
     where: str = "",
 )->Finding:
     "An exception as an error finding; a BadInput's line is split into what and mend."
     if not isinstance(e, BadInput):
-        what = f"cannot be read ({type(e).__name__}: {one_line(e)[:200]})"
-        return error(what, "the file is damaged; copy or make it again", where)
+        known = read_error("it", e) if isinstance(e, OSError) else None
+        said = one_line(known or e)[:200]
+        what = f"cannot be read ({type(e).__name__}: {said})"
+        mend = "the file is damaged; copy or make it again"
+        if known: mend = "the file need not be damaged; see the reason"
+        if isinstance(e, MemoryError): mend = "it does not fit in memory; use a machine with more"
+        if isinstance(e, (NameError, AttributeError, ImportError, AssertionError)):
+            mend = "this is a fault of histokit, not of the file; please report it"
+        return error(what, mend, where)
     what, _, mend = str(e).rpartition("; ")
     if not what: what, mend = mend, ""
     if where: what = what.removeprefix(f"{where}: ").removeprefix(f"{where} ")
@@ -149,7 +157,7 @@ def html_findings(
     sections = [_level_section(level, some, most) for level, some in levels.items() if some]
     return Html("".join(sections) or "<p class=none>nothing found: all is well</p>")
 
-# %% ../../nbs/core/checks.ipynb #df5bb34d
+# %% ../../nbs/core/checks.ipynb #f2b6efb7
 _COLOURS = dict(error="C3", warning="C1", note=".7")
 
 def show_findings(
@@ -165,7 +173,7 @@ def show_findings(
     ax.invert_yaxis()
     ax.set(xlabel="findings", xlim=(0, max(start.max(initial=0), 1) * 1.1))
     ax.set_title("Findings in each part", fontsize=9)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=8)
 
 # %% ../../nbs/core/checks.ipynb #58f04ac2
 def raise_errors(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['put_element', 'read_h5ad_slide', 'library_entry', 'write_h5ad', 'export_run']
 
-# %% ../../nbs/spots/h5ad.ipynb #b49752bf
+# %% ../../nbs/spots/h5ad.ipynb #1dd3c145
 from pathlib import Path
 
 import h5py
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import atomic
-from ..core.hdf5 import open_h5
+from ..core.hdf5 import attribute, open_h5
 from ..core.pixels import as_uint8, check_range
 from ..core.table import as_texts, number_column
 from ..core.text import BadInput, choose, did_you_mean, one_line
@@ -69,10 +69,10 @@ def put_element(
     _mark(group, "dict", "0.1.0")
     for k, v in value.items(): put_element(group, str(k), v)
 
-# %% ../../nbs/spots/h5ad.ipynb #fb472fd6
+# %% ../../nbs/spots/h5ad.ipynb #c1a29964
 def _element(item):
     "An element as numpy or pandas: arrays, text, categories, nullable values, tables (on-disk format 0.1 and 0.2)."
-    kind = item.attrs.get("encoding-type", "")
+    kind = attribute(item, "encoding-type") or ""
     if isinstance(item, h5py.Dataset):
         return as_texts(item[()]) if item.dtype.kind in "OS" and item.ndim else item[()]
     if kind == "categorical":
@@ -81,8 +81,8 @@ def _element(item):
     if "mask" in item and "values" in item:
         return np.where(item["mask"][()], None, _element(item["values"]).astype(object))
     if kind == "dataframe":
-        columns = {c: _element(item[c]) for c in as_texts(item.attrs["column-order"]) if c in item}
-        return pd.DataFrame(columns, index=_element(item[item.attrs["_index"]]))
+        columns = {c: _element(item[c]) for c in as_texts(np.ravel(item.attrs["column-order"])) if c in item}
+        return pd.DataFrame(columns, index=_element(item[attribute(item, "_index")]))
     what = f"{item.name} is stored in a form that is not read here ('{kind}')"
     raise BadInput(f"{item.file.filename}: {what}; write the file again with a current anndata")
 

@@ -6,16 +6,17 @@
 __all__ = ['normalise_dataset', 'fit_reference', 'normalise_file', 'stain_picture', 'stain_folder', 'stain_image_file',
            'compare_slides', 'summarise_slides', 'plot_slides', 'plot_stain_change', 'normalise_slides', 'write_stain']
 
-# %% ../../nbs/spots/stain_files.ipynb #7c8542a4
+# %% ../../nbs/spots/stain_files.ipynb #0314362d
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from ..core.files import atomic, make_dir
-from ..core.hdf5 import copy_item, open_h5, reading
+from ..core.hdf5 import copy_attributes, copy_item, open_h5, reading
 from ..core.pictures import open_picture, picture_format, write_picture
 from ..core.pixels import as_rgb, check_range, tiles
+from ..core.progress import track
 from ..core.runs import RunFolder
 from ..core.text import BadInput, choose, did_you_mean
 from .layout import slide_paths
@@ -67,10 +68,10 @@ def fit_reference(
     if reference.endswith(".json"): return _saved_reference(normaliser, reference)
     with open_picture(reference) as picture: return normaliser.fit(picture)
 
-# %% ../../nbs/spots/stain_files.ipynb #274cb345
+# %% ../../nbs/spots/stain_files.ipynb #6c5703be
 def _copy_group(source, target, slides, seen):
     "What lies in a group of pictures beside its slides, and its attributes."
-    target.attrs.update(source.attrs)
+    copy_attributes(source, target)
     for name in source:
         place = f"{target.name.strip('/')}/{name}"
         if place in slides: continue
@@ -80,7 +81,7 @@ def _copy_group(source, target, slides, seen):
 
 def _copy_layout(source, target, slides):
     "Everything but the pixels of the slides (paths): other groups and pictures, links followed, and all attributes."
-    target.attrs.update(source.attrs)
+    copy_attributes(source, target)
     seen = {}
     for name in source:
         if name != "images": copy_item(source, name, target, seen)
@@ -99,7 +100,7 @@ def _new_slide(file, path, shape):
     chunks = (*(min(n, 256) for n in shape[:2]), 3)
     return file.create_dataset(path, (*shape[:2], 3), np.uint8, chunks=chunks, compression="lzf")
 
-# %% ../../nbs/spots/stain_files.ipynb #012cc15c
+# %% ../../nbs/spots/stain_files.ipynb #07223e5a
 def normalise_file(
     path_in,                        # HDF5 in the competition's layout
     path_out,                       # HDF5 of the same layout, written whole or not at all
@@ -116,10 +117,11 @@ def normalise_file(
         slides, reports, normaliser = slide_paths(source, spots=False), {}, None
         if method != "none": normaliser = fit_reference(StainNormalizer(method, **params), reference, source)
         _copy_layout(source, target, slides.values())
-        for name, path in slides.items():
+        for name, path in track(slides.items(), "slides normalised"):
             old, new = source[path], _new_slide(target, path, source[path].shape)
             reports[name] = normalise_dataset(normaliser, old, new, tile)
-            new.attrs.update({**old.attrs, **(attributes or {}).get(name, {})})
+            copy_attributes(old, new)
+            new.attrs.update((attributes or {}).get(name, {}))
             new.attrs.update(_stain_attributes(reports[name], getattr(normaliser, "engine_", "none")))
     return reports
 
@@ -138,8 +140,11 @@ def stain_picture(
         write_picture(path_out, picture.map(lambda part: normaliser.transform(part, report)), tile)
     return report | (dict(notes=list(picture.notes)) if picture.notes else {})
 
-# %% ../../nbs/spots/stain_files.ipynb #e47c05b2
+# %% ../../nbs/spots/stain_files.ipynb #652bbd36
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs")
+_OTHERS = (".webp", ".bmp", ".gif", ".jp2", ".ndpi", ".scn", ".mrxs", ".czi", ".vsi", ".bif")      # left, and said
+
+_NOT_FROM_FOLDERS = f"of a folder only {', '.join(_PICTURES)} are read"
 
 def _stain_or_report(normaliser, path, path_out, tile):
     "The report of a picture, also where it cannot be read."
@@ -159,8 +164,11 @@ def stain_folder(
     if Path(folder_out).resolve() == Path(folder_in).resolve():
         raise BadInput(f"{folder_out} is where the pictures come from; choose another folder for the results")
     out = make_dir(folder_out)
+    others = sorted(p.name for p in Path(folder_in).iterdir() if p.suffix.lower() in _OTHERS)
+    left = {name: dict(written=False, ok=False, done=False, reason=_NOT_FROM_FOLDERS) for name in others}
     names = {p: p.name + ".tif" * (p.suffix.lower() == ".svs") for p in paths}
-    return {p.name: _stain_or_report(normaliser, p, out/name, tile) for p, name in names.items()}
+    done = track(names.items(), "pictures normalised")
+    return {p.name: _stain_or_report(normaliser, p, out/name, tile) for p, name in done} | left
 
 # %% ../../nbs/spots/stain_files.ipynb #4add9e15
 _HDF5 = (".h5", ".hdf5", ".hdf")

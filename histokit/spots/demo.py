@@ -295,23 +295,29 @@ def make_demo(
     _write_h5(out.path, names, splits, slides, given, values, dtype)
     return out
 
-# %% ../../nbs/spots/demo.ipynb #7f632714
+# %% ../../nbs/spots/demo.ipynb #97e7e0d4
 def _draw_maps(ax, image, xy, value, name):
     middle = xy[np.linalg.norm(xy - xy.mean(0), axis=1).argmin()]
     x, y = np.clip(middle - 100, 0, np.array(image.shape[1::-1]) - 200)
     ax[0].imshow(image[y:y + 200, x:x + 200], extent=(x, x + 200, y + 200, y))
-    ax[0].set_title("Close-up: 200 px")
+    ax[0].set_title("Close-up: 200 px", fontsize=9)
     ax[0].axis("off")
     ax[1].imshow(image, alpha=.35)
-    ax[1].scatter(*xy.T, c=np.log10(value), s=6, cmap="viridis")
-    ax[1].set_title(f"log10 of {name}")
+    dots = ax[1].scatter(*xy.T, c=np.log10(value), s=6, cmap="viridis")
+    ax[1].set_title(f"Abundance of {name}", fontsize=9)
+    bar = ax[1].figure.colorbar(dots, ax=ax[1], location="bottom", shrink=.8)
+    bar.set_label("log10", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
 
 def _draw_marginals(ax, values):
     q = np.quantile(values, [.05, .25, .5, .75], axis=0)
     for k, level in enumerate((5, 25, 50, 75)): ax.loglog(_FACTS[:, k], q[k], ".", label=f"{level} %")
     ax.plot([1e-7, 3], [1e-7, 3], "k-", lw=.6)
-    ax.legend(fontsize=6, title="quantile", title_fontsize=6)
-    ax.set(title="Marginals", xlabel="known quantile, against the demo's")
+    ax.legend(fontsize=8, title="quantile", title_fontsize=8)
+    ax.set_title("Quantiles of each type", fontsize=9)
+    ax.set_xlabel("real file", fontsize=8)
+    ax.set_ylabel("demo", fontsize=8)
+    ax.tick_params(labelsize=8)
 
 def _showable(v): return v/np.float32(65535) if v.dtype == np.uint16 else v
 
@@ -332,7 +338,7 @@ def show(
     for i, ((name, _), (h, w, _), small, r) in enumerate(zip(names, shapes, thumbs, records)):
         for a, title in zip(ax[:2, i], (name, f"{len(r)} spots")):
             a.imshow(small, extent=(0, w, h, 0))
-            a.set_title(title)
+            a.set_title(title, fontsize=9)
         ax[1, i].plot(r["x"], r["y"], ".", ms=1, color="yellow")
     ax[2, 2].axis("on")
     r = records[0]

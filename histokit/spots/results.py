@@ -327,7 +327,7 @@ def format_comparison(
     if len(set(table.split)) > 1 and table.split.eq("blocks").any(): lines.append(_SPLIT_BY_BLOCKS)
     return "\n".join(lines)
 
-# %% ../../nbs/spots/results.ipynb #95726d88
+# %% ../../nbs/spots/results.ipynb #29d7688b
 def _slide_scores(run, score):
     "The score on each slide."
     rows = run.spots.groupby("slide").indices
@@ -350,12 +350,13 @@ def _show_differences(ax, runs, score):
         apart = (_slide_scores(run, score) - base).sort_values()
         ax.scatter(apart, [i] * len(apart), c=f"C{i}", alpha=.7)
         ax.scatter(score(run.pred, run.true) - whole, i, marker="|", s=300, c="k")
-        for j, (slide, v) in enumerate(apart.items()):
-            above = (0, (6, -11)[j % 2])
-            ax.annotate(slide, (v, i), xytext=above, textcoords="offset points", fontsize=8, ha="center")
+        for k, side in (0, -6), (-1, 6):                       # the slides that lose and gain most
+            where = dict(xytext=(side, 7), textcoords="offset points", ha="right" if side < 0 else "left")
+            ax.annotate(apart.index[k][:20], (apart.iloc[k], i), fontsize=8, **where)
     ax.axvline(0, ls=":", c=".4", lw=1)
     ax.set_yticks(range(1, len(runs)), [r.name for r in runs[1:]], fontsize=8)
     ax.set_ylim(len(runs) - .5, .4)
+    ax.margins(x=.2)
     ax.set_xlabel("difference on a slide (bar: on all spots)")
     ax.set_title(f"Slide by slide, against {runs[0].name}", fontsize=9)
 

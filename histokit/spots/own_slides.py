@@ -338,7 +338,7 @@ def import_visium(
     facts = _facts(source, um, picture, settings)
     return _add_slide(result, _NewSlide(picture.pixels, xy, table, spots.barcode, facts), settings.append)
 
-# %% ../../nbs/spots/own_slides.ipynb #e658c698
+# %% ../../nbs/spots/own_slides.ipynb #34af3942
 def _shown_types(factory, spots, types):
     "Abundances of the types to show; those that vary most where none is named."
     values = spots[factory.targets].set_axis(factory.cell_types, axis=1)
@@ -364,11 +364,14 @@ def show_import(
     step = max(info.width // 500, 1)
     image, xy, size = factory.read_slide(name)[::step, ::step], spots[["x", "y"]].to_numpy(), .55 * info.pitch_px
     n = 2 + values.shape[1]
-    fig, axes = plt.subplots(1, n, figsize=(2.3 * n, 2.5), dpi=80, layout="constrained")
+    fig, axes = plt.subplots(1, n, figsize=(2.6 * n, 2.5), dpi=80, layout="constrained")
     _draw_picture(axes[0], image, info, "picture", 1)
     _draw_picture(axes[1], image, info, f"{len(spots)} spots, 55 µm", 1)
     draw_spots(axes[1], xy, size, facecolors="none", edgecolors="k", linewidths=.5)
     for ax, title in zip(axes[2:], values):
         _draw_picture(ax, image, info, title[:22], .4)
-        draw_spots(ax, xy, size, array=np.log10(values[title].to_numpy() + 1e-6), cmap="magma")
+        dots = draw_spots(ax, xy, size, array=np.log10(values[title].to_numpy() + 1e-6), cmap="magma")
+        bar = fig.colorbar(dots, ax=ax, shrink=.7)
+        bar.set_label("log10 of the amount", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
     return fig

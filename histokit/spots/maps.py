@@ -139,7 +139,7 @@ def _say(ax, title, what):
     ax.set_xlabel(what, fontsize=8)
     ax.tick_params(axis="x", labelsize=8)
 
-# %% ../../nbs/spots/maps.ipynb #d78af420
+# %% ../../nbs/spots/maps.ipynb #2d0ece15
 def show_maps(
     factory,                # DataFactory
     spots,                  # table with slide, x, y of one or more slides
@@ -166,7 +166,7 @@ def show_maps(
 def _draw_row(axes, factory, slide, xy, maps, limits):
     "One slide's maps; gives the collections for the colour bars."
     info, picture = factory.slides[slide], thumbnail(factory, slide, 300, dots=False)
-    axes[0].set_ylabel(f"{_short(slide)} ({info.split.lower()})", fontsize=8)
+    axes[0].set_ylabel(f"{_short(slide)}\n{info.split.lower()}", fontsize=8)
     drawn = []
     for ax, values in zip(axes, maps.values()):
         _draw_tissue(ax, picture, info, alpha=.4)

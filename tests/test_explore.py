@@ -117,8 +117,8 @@ def test_a_widget_answers_messages_and_leaves_a_picture(scene):
     pytest.importorskip("anywidget")
     ex, sent = explore(scene.factory, scene.predicted, widgets="yes", slide="S_2", target="C3"), []
     ex.send = lambda content, buffers: sent.append((content, buffers))
-    ex._asked(ex, dict(id="a", get=["tile", 1, 0, 0, 0]), [])
-    ex._asked(ex, dict(id="b", get=["tile", 1, 0, 99, 0]), [])
+    ex.answer(ex, dict(id="a", get=["tile", 1, 0, 0, 0]), [])
+    ex.answer(ex, dict(id="b", get=["tile", 1, 0, 99, 0]), [])
     assert sent[0] == (dict(id="a"), [SceneServer(scene).get("tile", 1, 0, 0, 0)])
     assert "no tile" in sent[1][0]["error"] and sent[1][1] == []
     data = ex._repr_mimebundle_()[0]

@@ -55,7 +55,7 @@ def _scores(predicted, truth):
     if both.any(): out[both, 0] = PER_SPOT.rows(predicted[both], truth[both])
     return out
 
-# %% ../../nbs/spots/explore_scene.ipynb #4ff69ce6
+# %% ../../nbs/spots/explore_scene.ipynb #8defc550
 def _spot_sizes(factory, default=12.):
     "Slide -> diameter of its spots in pixels: the file's, the lattice's, or some pixels; what was ignored."
     sizes, notes = {}, []
@@ -119,9 +119,11 @@ class Scene:
         kind: str,
         target: int,
     )->tuple:
-        "The ends of the colours, the same on every slide: ranks from 1 to the last, of all else the middle 96 %."
+        "The ends of the colours: ranks from 1 to the last, of all else the middle 96 % of all slides."
         if kind in ("rank", "predicted_rank"): return 1., max(float(len(self.types)), 2.)
-        v = self.values(kind, target)
+        both = kind in ("truth", "prediction")                    # a colour means the same abundance in both
+        kinds = [k for k in ("truth", "prediction") if k in self.kinds] if both else [kind]
+        v = np.concatenate([self.values(k, target) for k in kinds])
         v = v[np.isfinite(v)]
         if not v.size: return 0., 1.
         low, high = np.quantile(v, [.02, .98])

@@ -6,6 +6,7 @@ const IN_FLIGHT = 6;           // tiles asked for at a time
 const KEPT_TILES = 300;
 const TYPES_SHOWN = 12;
 const MOST_MAGNIFIED = 16;     // screen pixels a slide pixel
+const LENGTHS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];    // of scale bars, µm
 const PICKED = "#00b000";
 
 // ---------------------------------------------------------------- what is fetched, and from whom
@@ -153,10 +154,12 @@ function paintSlide(ctx, frame, slide, number, tiles, tilePx) {
   const { w, h, cx, cy, k } = frame, missing = [];
   const level = clamp(Math.floor(Math.log2(1 / k) + 0.25), slide.finest, slide.levels - 1);
   const key = (l, row, col) => `tile/${number}/${l}/${row}/${col}`;
-  const x = (edge) => Math.round((edge - 0.5 - cx) * k + w / 2), y = (edge) => Math.round((edge - 0.5 - cy) * k + h / 2);
+  const x = (edge) => Math.round((edge - 0.5 - cx) * k + w / 2);
+  const y = (edge) => Math.round((edge - 0.5 - cy) * k + h / 2);
   const side = tilePx * 2 ** level;
   const span = (centre, size, n) => {
-    const first = Math.floor((centre + 0.5 - size / 2 / k) / side), last = Math.floor((centre + 0.5 + size / 2 / k) / side);
+    const first = Math.floor((centre + 0.5 - size / 2 / k) / side);
+    const last = Math.floor((centre + 0.5 + size / 2 / k) / side);
     return [Math.max(first, 0), Math.min(last, Math.ceil(n / side) - 1)];
   };
   const [r0, r1] = span(cy, h, slide.height), [c0, c1] = span(cx, w, slide.width);
@@ -209,10 +212,13 @@ function ring(ctx, frame, x, y, radius, colour, width) {
 
 class Panel {
   constructor(explorer, position) {
-    Object.assign(this, { explorer, position, dirty: {}, missing: [], pointers: new Map(), centre: { x: 0.5, y: 0.5 } });
-    this.canvases = Object.fromEntries(["tiles", "spots", "marks"].map((n) => [n, make("canvas", { class: `hk-${n}` })]));
+    Object.assign(this, { explorer, position, dirty: {}, missing: [], pointers: new Map() });
+    this.centre = { x: 0.5, y: 0.5 };
+    const layer = (name) => [name, make("canvas", { class: `hk-${name}` })];
+    this.canvases = Object.fromEntries(["tiles", "spots", "marks"].map(layer));
     this.scale = make("div", { class: "hk-scale" });
-    this.stage = make("div", { class: "hk-stage", tabindex: 0, role: "application" }, ...Object.values(this.canvases), this.scale);
+    const held = [...Object.values(this.canvases), this.scale];
+    this.stage = make("div", { class: "hk-stage", tabindex: 0, role: "application" }, ...held);
     this.caption = make("figcaption");
     this.strip = make("canvas", { class: "hk-strip" });
     this.marker = make("span", { class: "hk-marker" });
@@ -223,7 +229,10 @@ class Panel {
     this.listen();
   }
 
-  get number() { return this.explorer.slideNumber(this.position ? this.explorer.view.beside : this.explorer.view.slide); }
+  get number() {
+    const { slide, beside } = this.explorer.view;
+    return this.explorer.slideNumber(this.position ? beside : slide);
+  }
   get slide() { return this.explorer.facts.slides[this.number]; }
   get data() { return this.explorer.data[this.number]; }
   get kind() {
@@ -250,15 +259,26 @@ class Panel {
     return { w, h, dpr, cx: x * slide.width - 0.5, cy: y * slide.height - 0.5, k: this.explorer.scale(this) * dpr };
   }
 
+  corner() {
+    // The upper left of the picture, inside its border, on the page.
+    const box = this.stage.getBoundingClientRect();
+    return [box.left + this.stage.clientLeft, box.top + this.stage.clientTop];
+  }
+
   toSlide(event) {
-    const box = this.stage.getBoundingClientRect(), { w, h, cx, cy, k, dpr } = this.frame();
-    const left = event.clientX - box.left - this.stage.clientLeft, top = event.clientY - box.top - this.stage.clientTop;
-    return [(left * dpr - w / 2) / k + cx, (top * dpr - h / 2) / k + cy];
+    const [left, top] = this.corner(), { w, h, cx, cy, k, dpr } = this.frame();
+    return [((event.clientX - left) * dpr - w / 2) / k + cx, ((event.clientY - top) * dpr - h / 2) / k + cy];
   }
 
   toScreen(x, y) {
-    const box = this.stage.getBoundingClientRect(), { w, h, cx, cy, k, dpr } = this.frame();
-    return [box.left + this.stage.clientLeft + ((x - cx) * k + w / 2) / dpr, box.top + this.stage.clientTop + ((y - cy) * k + h / 2) / dpr];
+    const [left, top] = this.corner(), { w, h, cx, cy, k, dpr } = this.frame();
+    return [left + ((x - cx) * k + w / 2) / dpr, top + ((y - cy) * k + h / 2) / dpr];
+  }
+
+  middleOfStage() {
+    // Where a pointer would be in the middle of the picture.
+    const [left, top] = this.corner();
+    return { clientX: left + this.stage.clientWidth / 2, clientY: top + this.stage.clientHeight / 2 };
   }
 
   // The spot nearest to a place, if it is no further away than so many CSS pixels or diameters; else -1.
@@ -332,7 +352,8 @@ class Panel {
 
   fit(dpr) {
     const { clientWidth, clientHeight } = this.stage;
-    for (const c of Object.values(this.canvases)) if (resize(c, clientWidth, clientHeight, dpr)) this.touch("tiles", "spots", "marks");
+    const changed = Object.values(this.canvases).filter((c) => resize(c, clientWidth, clientHeight, dpr));
+    if (changed.length) this.touch("tiles", "spots", "marks");
     if (resize(this.strip, this.bar.clientWidth, 34, dpr)) this.touch("bar");
   }
 
@@ -348,12 +369,17 @@ class Panel {
   }
 
   draw_tiles() {
-    const { explorer } = this, frame = this.frame();
-    this.missing = paintSlide(this.canvases.tiles.getContext("2d"), frame, this.slide, this.number, explorer.tiles, explorer.facts.tile_px);
+    const { explorer } = this, ctx = this.canvases.tiles.getContext("2d");
+    this.missing = paintSlide(ctx, this.frame(), this.slide, this.number, explorer.tiles, explorer.facts.tile_px);
+    this.draw_scale();
+  }
+
+  draw_scale() {
     const { um } = this.slide;
-    if (!um) { this.scale.style.display = "none"; return; }
-    const umPerPx = um / explorer.scale(this), room = Math.min(this.stage.clientWidth / 4, 120);
-    const nice = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000].filter((v) => v / umPerPx <= room).pop() || 1;
+    this.scale.style.display = um ? "" : "none";
+    if (!um) return;
+    const umPerPx = um / this.explorer.scale(this), room = umPerPx * Math.min(this.stage.clientWidth / 4, 120);
+    const nice = LENGTHS.filter((v) => v <= room).pop() || 1;
     this.scale.textContent = nice < 1000 ? `${nice} µm` : `${nice / 1000} mm`;
     this.scale.style.width = `${nice / umPerPx}px`;
   }
@@ -401,15 +427,21 @@ class Panel {
 
   draw_bar() {
     // A histogram of the slide's values over the colours that stand for them.
-    const ctx = this.strip.getContext("2d"), { width, height } = this.strip, { limits } = this;
-    const { log, unit, palette: name } = this.colouring;
-    const colours = this.explorer.palettes[name], values = this.data && this.values();
+    const values = this.data && this.values(), { limits } = this;
     const bins = new Array(Math.max(Math.round(this.bar.clientWidth / 6), 8)).fill(0);
     const n = values ? this.data.xy.length / 2 : 0;
     for (let i = 0; i < n; i++) {
       const v = values(i);
       if (known(v)) bins[Math.min(Math.floor(place(limits, v) * bins.length), bins.length - 1)]++;
     }
+    this.draw_bins(bins);
+    this.write_ticks();
+    this.place_marker();
+  }
+
+  draw_bins(bins) {
+    const ctx = this.strip.getContext("2d"), { width, height } = this.strip;
+    const colours = this.explorer.palettes[this.colouring.palette];
     const most = Math.max(...bins, 1), step = width / bins.length, floor = height * 0.68;
     ctx.clearRect(0, 0, width, height);
     bins.forEach((count, i) => {
@@ -418,24 +450,29 @@ class Panel {
       ctx.fillRect(i * step, floor - tall, step - 1, tall);
       ctx.fillRect(i * step, floor + 2, step + 0.5, height - floor - 2);
     });
-    const words = limits.map((v, i) => (this.colouring.clipped ? "≤≥"[i] : "") + written(log ? 10 ** v : v));
-    const middle = (limits[0] + limits[1]) / 2;
-    this.ticks.replaceChildren(...[words[0], written(log ? 10 ** middle : middle), words[1]].map((t) => make("span", {}, t)));
-    const type = this.colouring.limits.length > 1 ? `${this.explorer.facts.types[this.explorer.view.target]}: ` : "";
+  }
+
+  write_ticks() {
+    const { log, unit, clipped, limits: all } = this.colouring, [low, high] = this.limits;
+    const words = [low, (low + high) / 2, high].map((v) => written(log ? 10 ** v : v));
+    if (clipped) { words[0] = `≤${words[0]}`; words[2] = `≥${words[2]}`; }
+    this.ticks.replaceChildren(...words.map((t) => make("span", {}, t)));
+    const type = all.length > 1 ? `${this.explorer.facts.types[this.explorer.view.target]}: ` : "";
     this.unit.textContent = `${type}${unit}${log ? ", log scale" : ""}`;
-    this.place_marker();
   }
 
   draw_caption() {
     const { slide, colouring } = this, there = !this.data || this.values();
-    this.caption.textContent = `${slide.name} (${slide.split.toLowerCase()}), ${colouring.label}${there ? "" : ": not known here"}`;
-    this.stage.setAttribute("aria-label", `${slide.name}: ${slide.spots} spots coloured by ${colouring.label}; arrow keys step through them`);
+    const what = `${colouring.label}${there ? "" : ": not known here"}`;
+    this.caption.textContent = `${slide.name} (${slide.split.toLowerCase()}), ${what}`;
+    const words = `${slide.name}: ${slide.spots} spots coloured by ${colouring.label}; arrow keys step through them`;
+    this.stage.setAttribute("aria-label", words);
   }
 }
 
 // ---------------------------------------------------------------- the whole
 
-const HELP = "The wheel zooms, a drag moves, a click picks a spot; arrow keys step, with Shift to the neighbour on that side.";
+const HELP = "The wheel zooms, a drag moves, a click picks a spot; arrow keys step, with Shift to the neighbour there.";
 const WHOLE = { zoom: 1, x: 0.5, y: 0.5 };
 
 class Explorer {
@@ -463,55 +500,79 @@ class Explorer {
   // ------------------------------------------------------------ the controls
 
   build() {
-    const { facts } = this, kinds = Object.entries(facts.kinds).map(([k, c]) => [k, c.label]);
-    const options = (pairs) => pairs.map(([value, text]) => make("option", { value }, text));
-    const names = facts.slides.map((s) => [s.name, s.name]);
-    const menu = (label, name, pairs, parse = (v) => v) => {
-      const select = make("select", { "aria-label": label, onchange: () => this.set({ [name]: parse(select.value) }) }, ...options(pairs));
-      this.controls[name] = select;
-      return make("label", {}, make("span", {}, label), select);
-    };
-    const slider = (label, name, attrs) => {
-      const input = make("input", { type: "range", "aria-label": label, ...attrs, oninput: () => this.set({ [name]: Number(input.value) }) });
-      this.controls[name] = input;
-      return input;
-    };
     this.controls = {};
-    const first = [
-      menu("slide", "slide", names),
-      menu("coloured by", "kind", kinds),
-      menu("cell type", "target", facts.types.map((t, i) => [i, t]), Number),
-      menu("beside it", "beside", [["", "nothing"], ...names]),
+    this.pair = make("div", { class: "hk-pair" }, ...this.panels.map((p) => p.root));
+    this.status = make("div", { class: "hk-status", role: "status" }, [HELP, ...this.facts.notes].join(" "));
+    this.tip = make("div", { class: "hk-tip" });
+    this.root.classList.add("hk-explorer");
+    this.root.setAttribute("data-lm-suppress-shortcuts", "true");       // JupyterLab leaves the keys to us
+    const controls = make("div", { class: "hk-controls" });
+    controls.append(...this.build_menus(), this.build_opacity(), this.build_zoom());
+    const left = make("div", { class: "hk-left" }, this.pair, this.build_step());
+    const main = make("div", { class: "hk-main" }, left, this.build_side());
+    this.root.replaceChildren(controls, main, this.status, this.tip);
+  }
+
+  build_menu(label, name, pairs, parse = (v) => v) {
+    const options = pairs.map(([value, text]) => make("option", { value }, text));
+    const onchange = () => this.set({ [name]: parse(select.value) });
+    const select = make("select", { "aria-label": label, onchange }, ...options);
+    this.controls[name] = select;
+    return make("label", {}, make("span", {}, label), select);
+  }
+
+  build_slider(name, attrs) {
+    const oninput = () => this.set({ [name]: Number(input.value) });
+    const input = make("input", { type: "range", "aria-label": name, ...attrs, oninput });
+    this.controls[name] = input;
+    return input;
+  }
+
+  build_menus() {
+    const { facts } = this, names = facts.slides.map((s) => [s.name, s.name]);
+    const kinds = Object.entries(facts.kinds).map(([kind, c]) => [kind, c.label]);
+    const menus = [
+      this.build_menu("slide", "slide", names),
+      this.build_menu("coloured by", "kind", kinds),
+      this.build_menu("cell type", "target", facts.types.map((t, i) => [i, t]), Number),
+      this.build_menu("beside it", "beside", [["", "nothing"], ...names]),
     ];
-    this.second = menu("coloured by", "beside_kind", [["", "the same"], ...kinds]);
+    this.second = this.build_menu("coloured by", "beside_kind", [["", "the same"], ...kinds]);
     this.controls.beside_kind.setAttribute("aria-label", "beside it, coloured by");
-    const opacity = make("label", {}, make("span", {}, "opacity"), slider("opacity", "opacity", { min: 0, max: 1, step: 0.05 }));
-    const button = (text, label, press) => make("button", { type: "button", title: label, "aria-label": label, onclick: press }, text);
-    const middle = () => { const b = this.panels[0].stage.getBoundingClientRect(); return { clientX: b.left + b.width / 2, clientY: b.top + b.height / 2 }; };
-    const zoom = make("div", { class: "hk-buttons" },
-      button("−", "zoom out", () => this.zoomAt(this.panels[0], middle(), 0.5)),
-      button("+", "zoom in", () => this.zoomAt(this.panels[0], middle(), 2)),
+    return [...menus, this.second];
+  }
+
+  build_opacity() {
+    return make("label", {}, make("span", {}, "opacity"), this.build_slider("opacity", { min: 0, max: 1, step: 0.05 }));
+  }
+
+  build_zoom() {
+    const button = (text, label, onclick) =>
+      make("button", { type: "button", title: label, "aria-label": label, onclick }, text);
+    const [first] = this.panels, by = (factor) => () => this.zoomAt(first, first.middleOfStage(), factor);
+    return make("div", { class: "hk-buttons" }, button("−", "zoom out", by(0.5)), button("+", "zoom in", by(2)),
       button("⤢", "the whole slide", () => this.whole()));
-    this.typed = make("input", { type: "number", min: 0, "aria-label": "number of the spot", onchange: () => {
+  }
+
+  build_step() {
+    const onchange = () => {
       if (this.typed.value !== "") this.set({ spot: Math.round(Number(this.typed.value)) });
       this.controls_from_view();
-    } });
+    };
+    this.typed = make("input", { type: "number", min: 0, "aria-label": "number of the spot", onchange });
     this.total = make("span", { class: "hk-dim" });
-    const spot = make("div", { class: "hk-step" }, make("span", {}, "spot"), slider("spot", "spot", { min: 0, max: 0, step: 1 }), this.typed, this.total);
+    const slider = this.build_slider("spot", { min: 0, max: 0, step: 1 });
+    return make("div", { class: "hk-step" }, make("span", {}, "spot"), slider, this.typed, this.total);
+  }
+
+  build_side() {
     this.facts_of_spot = make("dl", { class: "hk-facts" });
     this.patches = this.build_patches();
     this.bars = make("div", { class: "hk-bars" });
-    this.legend = make("div", { class: "hk-legend" }, make("i", { class: "hk-t" }), "truth", make("i", { class: "hk-p" }), "prediction",
-      make("span", { class: "hk-dim" }, "abundance, log scale"));
-    const side = make("div", { class: "hk-side" }, this.facts_of_spot,
-      make("div", { class: "hk-patches" }, ...this.patches.map((p) => p.root)), this.legend, this.bars);
-    this.status = make("div", { class: "hk-status", role: "status" }, [HELP, ...facts.notes].join(" "));
-    this.tip = make("div", { class: "hk-tip" });
-    this.pair = make("div", { class: "hk-pair" }, ...this.panels.map((p) => p.root));
-    this.root.classList.add("hk-explorer");
-    this.root.setAttribute("data-lm-suppress-shortcuts", "true");       // JupyterLab leaves the keys to us
-    this.root.replaceChildren(make("div", { class: "hk-controls" }, ...first, this.second, opacity, zoom),
-      make("div", { class: "hk-main" }, make("div", { class: "hk-left" }, this.pair, spot), side), this.status, this.tip);
+    const swatch = (css) => make("i", { class: css }), unit = make("span", { class: "hk-dim" }, "abundance, log scale");
+    this.legend = make("div", { class: "hk-legend" }, swatch("hk-t"), "truth", swatch("hk-p"), "prediction", unit);
+    const patches = make("div", { class: "hk-patches" }, ...this.patches.map((p) => p.root));
+    return make("div", { class: "hk-side" }, this.facts_of_spot, patches, this.legend, this.bars);
   }
 
   build_patches() {
@@ -523,9 +584,12 @@ class Explorer {
 
   controls_from_view() {
     const { view, controls } = this, slide = this.facts.slides[this.slideNumber(this.picked)];
-    for (const option of controls.beside.options) option.hidden = option.value === view.slide && !this.facts.kinds.prediction;
+    const twice = this.facts.kinds.prediction !== undefined;            // a slide may stand beside itself
+    for (const option of controls.beside.options) option.hidden = option.value === view.slide && !twice;
     controls.spot.max = this.typed.max = slide.spots - 1;
-    for (const [name, control] of Object.entries(controls)) if (control.value !== String(view[name])) control.value = view[name];
+    for (const [name, control] of Object.entries(controls)) {
+      if (control.value !== String(view[name])) control.value = view[name];
+    }
     if (this.typed.value !== String(view.spot)) this.typed.value = view.spot;
     this.total.textContent = `of ${slide.spots}${this.picked === view.slide ? "" : ` on ${this.picked}`}`;
     this.second.style.display = view.beside ? "" : "none";
@@ -556,9 +620,9 @@ class Explorer {
   }
 
   set(changes, quiet = false) {
-    const before = this.view;
-    if (changes.slide !== undefined && changes.slide !== before.slide && !quiet) changes = { spot: 0, spot_of: "", ...WHOLE, ...changes };
-    if (changes.beside !== undefined && changes.beside !== before.beside && !quiet) changes = { ...WHOLE, ...changes };
+    const before = this.view, other = (name) => !quiet && name in changes && changes[name] !== before[name];
+    if (other("slide")) changes = { spot: 0, spot_of: "", ...WHOLE, ...changes };
+    if (other("beside")) changes = { ...WHOLE, ...changes };
     const view = this.view = this.settle({ ...before, ...changes });
     const differs = (...names) => names.some((n) => view[n] !== before[n]);
     if (differs("slide", "beside")) this.everything();
@@ -619,8 +683,9 @@ class Explorer {
     // CSS pixels a slide pixel: two slides of known scale have the same micrometres a pixel on the screen.
     const all = this.shown.includes(panel) ? this.shown : [panel];
     const same = all.every((p) => p.slide.um), relative = (p) => (same ? p.slide.um / all[0].slide.um : 1);
-    const fits = all.map((p) => Math.min(p.stage.clientWidth / p.slide.width, p.stage.clientHeight / p.slide.height) / relative(p));
-    return Math.max(Math.min(...fits), 1e-6) * this.view.zoom * relative(panel);
+    const fit = ({ stage, slide }) => Math.min(stage.clientWidth / slide.width, stage.clientHeight / slide.height);
+    const whole = Math.min(...all.map((p) => fit(p) / relative(p)));
+    return Math.max(whole, 1e-6) * this.view.zoom * relative(panel);
   }
 
   centre(panel, x, y) {
@@ -637,10 +702,10 @@ class Explorer {
     const most = Math.max(MOST_MAGNIFIED * this.view.zoom / before, 1);
     const zoom = clamp(this.view.zoom * factor, 1, most), keep = this.view.zoom / zoom;
     const { slide } = panel, middle = panel.middle();
-    const share = (at, n) => (at + 0.5) / n;
-    const moved = { x: share(x, slide.width) * (1 - keep) + middle.x * keep, y: share(y, slide.height) * (1 - keep) + middle.y * keep };
+    const moved = (at, n, centre) => (at + 0.5) / n * (1 - keep) + centre * keep;
+    const to = [moved(x, slide.width, middle.x), moved(y, slide.height, middle.y)];
     this.set({ zoom });
-    this.centre(panel, moved.x, moved.y);
+    this.centre(panel, ...to);
   }
 
   whole() {
@@ -670,7 +735,8 @@ class Explorer {
     const { xy } = data, x = xy[2 * spot], y = xy[2 * spot + 1];
     let best = spot, least = Infinity;
     for (let i = 0; i < xy.length / 2; i++) {
-      const along = (xy[2 * i] - x) * dx + (xy[2 * i + 1] - y) * dy, across = Math.abs((xy[2 * i] - x) * dy - (xy[2 * i + 1] - y) * dx);
+      const right = xy[2 * i] - x, down = xy[2 * i + 1] - y;
+      const along = right * dx + down * dy, across = Math.abs(right * dy - down * dx);
       const far = along + across;
       if (along > 0 && across <= along && far < least) { best = i; least = far; }
     }
@@ -680,10 +746,11 @@ class Explorer {
   pressed(e, panel) {
     if (e.altKey || e.ctrlKey || e.metaKey) return;
     const { spot } = this.view, last = this.facts.slides[this.slideNumber(this.picked)].spots - 1;
-    const box = panel.stage.getBoundingClientRect(), middle = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 };
+    const middle = panel.middleOfStage();
     const arrows = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     const steps = { PageUp: spot - 10, PageDown: spot + 10, Home: 0, End: last };
-    if (e.key in arrows) this.step(e.shiftKey ? this.towards(...arrows[e.key]) : spot + arrows[e.key][0] + arrows[e.key][1]);
+    const [right, down] = arrows[e.key] || [0, 0];
+    if (e.key in arrows) this.step(e.shiftKey ? this.towards(right, down) : spot + right + down);
     else if (e.key in steps) this.step(steps[e.key]);
     else if (e.key === "+" || e.key === "=") this.zoomAt(panel, middle, 1.5);
     else if (e.key === "-") this.zoomAt(panel, middle, 1 / 1.5);
@@ -697,39 +764,52 @@ class Explorer {
 
   spot_lines(number, i) {
     // What is known of a spot, as pairs of name and text.
-    const data = this.data[number], { target } = this.view, n = this.facts.types.length;
-    const at = (name) => (data[name] ? data[name][i * n + target] : NaN);
-    const power = (v) => (known(v) ? written(10 ** v) : "–");
-    const lines = [["spot", `${i} of ${this.facts.slides[number].spots} on ${this.facts.slides[number].name}`], ["ID", data.ids[i]]];
-    lines.push([this.facts.types[target], [data.truth && `truth ${power(at("truth"))}`, data.prediction && `prediction ${power(at("prediction"))}`].filter(Boolean).join(", ") || "not known"]);
-    const ranks = [data.rank && `truth ${written(at("rank"))}`, data.predicted_rank && `prediction ${written(at("predicted_rank"))}`].filter(Boolean);
-    if (ranks.length) lines.push(["rank", `${ranks.join(", ")} of ${n}`]);
+    const data = this.data[number], slide = this.facts.slides[number];
+    const { target } = this.view, n = this.facts.types.length;
+    const both = (pairs, text) => pairs.filter(([name]) => data[name])
+      .map(([name, label]) => `${label} ${text(data[name][i * n + target])}`).join(", ");
+    const amounts = both([["truth", "truth"], ["prediction", "prediction"]], (v) => written(10 ** v));
+    const ranks = both([["rank", "truth"], ["predicted_rank", "prediction"]], written);
+    const lines = [["spot", `${i} of ${slide.spots} on ${slide.name}`], ["ID", data.ids[i]]];
+    lines.push([this.facts.types[target], amounts || "not known"]);
+    if (ranks) lines.push(["rank", `${ranks} of ${n}`]);
     if (data.score) lines.push(["score", `${written(data.score[i])} (Spearman)`]);
     return lines;
   }
 
   hover(panel, spot, event) {
-    const before = this.hovered, slide = panel.slide.name;
+    const slide = panel.slide.name, before = this.hovered || { slide: "", spot: -1 };
     this.hovered = spot < 0 ? null : { slide, spot };
-    if ((before && before.spot) !== (this.hovered && spot) || (before && before.slide) !== (this.hovered && slide)) {
+    this.tip.style.display = spot < 0 ? "none" : "block";
+    if (before.spot !== spot || (spot >= 0 && before.slide !== slide)) {
       this.touch("marks");
       this.schedule();
-      this.tip.replaceChildren(...(spot < 0 ? [] : this.spot_lines(panel.number, spot).map(([k, v]) => make("div", {}, make("b", {}, k), ` ${v}`))));
+      if (spot >= 0) this.write_tip(panel.number, spot);
     }
-    this.tip.style.display = spot < 0 ? "none" : "block";
     if (spot < 0) return;
-    const box = this.root.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
-    const room = box.width - this.tip.offsetWidth - 4;
-    this.tip.style.left = `${Math.max(Math.min(x + 14, room), 0)}px`;
-    this.tip.style.top = `${y + 18}px`;
+    const box = this.root.getBoundingClientRect(), room = box.width - this.tip.offsetWidth - 4;
+    this.tip.style.left = `${Math.max(Math.min(event.clientX - box.left + 14, room), 0)}px`;
+    this.tip.style.top = `${event.clientY - box.top + 18}px`;
+  }
+
+  write_tip(number, spot) {
+    const line = ([name, text]) => make("div", {}, make("b", {}, name), ` ${text}`);
+    this.tip.replaceChildren(...this.spot_lines(number, spot).map(line));
+  }
+
+  // The picked spot: its slide's number, its slide, and the slide's arrays once they are here.
+  get chosen() {
+    const number = this.slideNumber(this.picked);
+    return { number, slide: this.facts.slides[number], data: this.data[number], spot: this.view.spot };
   }
 
   draw_side() {
-    const number = this.slideNumber(this.picked), data = this.data[number], slide = this.facts.slides[number], { spot } = this.view;
+    const { number, slide, data, spot } = this.chosen;
     if (!data || !slide.spots) { this.facts_of_spot.replaceChildren(); this.bars.replaceChildren(); return; }
-    const where = [["at", `${written(data.xy[2 * spot])}, ${written(data.xy[2 * spot + 1])} px`], ["patient", slide.patient]];
+    const [x, y] = [data.xy[2 * spot], data.xy[2 * spot + 1]].map(written);
     const lines = this.spot_lines(number, spot);
-    this.facts_of_spot.replaceChildren(...[...lines.slice(0, 2), ...where, ...lines.slice(2)].flatMap(([k, v]) => [make("dt", {}, k), make("dd", {}, v)]));
+    lines.splice(2, 0, ["at", `${x}, ${y} px`], ["patient", slide.patient]);
+    this.facts_of_spot.replaceChildren(...lines.flatMap(([k, v]) => [make("dt", {}, k), make("dd", {}, v)]));
     this.draw_bars(data, spot);
     this.drawn.patches = false;
   }
@@ -737,40 +817,50 @@ class Explorer {
   draw_bars(data, spot) {
     // The most abundant types by truth, or by prediction where there is no truth.
     const n = this.facts.types.length, row = (t) => (t ? Array.from(t.subarray(spot * n, (spot + 1) * n)) : null);
-    const truth = row(data.truth), prediction = row(data.prediction);
-    const by = truth && truth.every(known) ? truth : prediction && prediction.every(known) ? prediction : null;
+    const truth = row(data.truth), prediction = row(data.prediction), whole = (r) => r && r.every(known);
+    const by = [truth, prediction].find(whole);
     this.legend.style.display = by ? "" : "none";
-    if (!by) { this.bars.replaceChildren(make("p", { class: "hk-dim" }, "nothing is known of what is in this spot")); return; }
+    if (!by) {
+      this.bars.replaceChildren(make("p", { class: "hk-dim" }, "nothing is known of what is in this spot"));
+      return;
+    }
     const order = by.map((v, i) => i).sort((a, b) => by[b] - by[a] || a - b).slice(0, TYPES_SHOWN);
-    const all = order.flatMap((i) => [truth && truth[i], prediction && prediction[i]]).filter((v) => typeof v === "number" && known(v));
+    const all = [truth, prediction].filter(whole).flatMap((r) => order.map((i) => r[i]));
     const low = Math.floor(Math.min(...all) - 1e-9), high = Math.max(...all, low + 1e-6);
-    const bar = (values, i, css) => {
-      if (!values || !known(values[i])) return [];
-      const width = 100 * (values[i] - low) / (high - low);
-      return [make("i", { class: css, style: `width:${width}%`, title: written(10 ** values[i]) })];
-    };
-    const words = (i) => [truth, prediction].map((v) => (v && known(v[i]) ? written(10 ** v[i]) : "–")).join(" / ");
     const longest = Math.max(...order.map((i) => this.facts.types[i].length));
     this.bars.style.setProperty("--hk-name", `${clamp(longest + 1, 4, 20)}ch`);
     const ends = [low, high].map((v) => make("span", {}, written(10 ** v)));
-    this.bars.replaceChildren(...order.map((i) => make("button",
-      { type: "button", class: i === this.view.target ? "hk-row hk-chosen" : "hk-row", title: `${this.facts.types[i]}: ${words(i)}; press to colour by it`, onclick: () => this.set({ target: i }) },
-      make("span", {}, this.facts.types[i]), make("span", { class: "hk-track" }, ...bar(truth, i, "hk-t"), ...bar(prediction, i, "hk-p")))),
-      make("div", { class: "hk-row hk-axis" }, make("span"), make("div", { class: "hk-ticks" }, ...ends)));
+    const axis = make("div", { class: "hk-row hk-axis" }, make("span"), make("div", { class: "hk-ticks" }, ...ends));
+    const share = (v) => 100 * (v - low) / (high - low);
+    this.bars.replaceChildren(...order.map((i) => this.bar_row(i, truth, prediction, share)), axis);
+  }
+
+  bar_row(i, truth, prediction, share) {
+    // A type with its two bars; a button, because pressing it colours the spots by that type.
+    const type = this.facts.types[i], there = (r) => r && known(r[i]);
+    const bar = (r, css) => (there(r) ? [make("i", { class: css, style: `width:${share(r[i])}%` })] : []);
+    const words = [truth, prediction].map((r) => (there(r) ? written(10 ** r[i]) : "–")).join(" / ");
+    const track = make("span", { class: "hk-track" }, ...bar(truth, "hk-t"), ...bar(prediction, "hk-p"));
+    return make("button", {
+      type: "button",
+      class: i === this.view.target ? "hk-row hk-chosen" : "hk-row",
+      title: `${type}: truth / prediction ${words}; press to colour by it`,
+      onclick: () => this.set({ target: i }),
+    }, make("span", {}, type), track);
   }
 
   draw_patches() {
-    const number = this.slideNumber(this.picked), data = this.data[number], slide = this.facts.slides[number], dpr = window.devicePixelRatio || 1;
+    const { number, slide, data, spot } = this.chosen, dpr = window.devicePixelRatio || 1;
     if (!data) return;
-    const x = data.xy[2 * this.view.spot], y = data.xy[2 * this.view.spot + 1];
+    const x = data.xy[2 * spot], y = data.xy[2 * spot + 1];
     this.patches.forEach((patch, i) => {
-      const [size, label] = slide.patches[i];
-      resize(patch.canvas, patch.canvas.clientWidth, patch.canvas.clientWidth, dpr);
+      const [size, label] = slide.patches[i], { canvas } = patch, ctx = canvas.getContext("2d");
+      resize(canvas, canvas.clientWidth, canvas.clientWidth, dpr);
       patch.caption.textContent = label;
-      const { width: w, height: h } = patch.canvas, frame = { w, h, cx: x, cy: y, k: w / size }, ctx = patch.canvas.getContext("2d");
+      const frame = { w: canvas.width, h: canvas.height, cx: x, cy: y, k: canvas.width / size };
       patch.missing = paintSlide(ctx, frame, slide, number, this.tiles, this.facts.tile_px);
       const radius = slide.spot_px / 2 * frame.k;
-      if (radius < w) ring(ctx, frame, x, y, radius, PICKED, dpr);
+      if (radius < frame.w) ring(ctx, frame, x, y, radius, PICKED, dpr);
     });
     this.counts.patches = (this.counts.patches || 0) + 1;
   }

@@ -11,7 +11,7 @@ import numpy as np
 from ..learn.scores import row_ranks
 from .cards import draw_spots, thumbnail
 
-# %% ../../nbs/spots/maps.ipynb #4198b727
+# %% ../../nbs/spots/maps.ipynb #2b3ce40e
 _BARS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)      # micrometres
 
 def _scale_bar(ax, info):
@@ -30,7 +30,7 @@ def _short(text, most=30):
 
 def _draw_tissue(ax, picture, info, alpha=1.):
     "A small picture of a slide, on axes in the slide's own pixels."
-    ax.imshow(picture, extent=(-.5, info.width - .5, info.height - .5, -.5), alpha=alpha)
+    ax.imshow(np.asarray(picture), extent=(-.5, info.width - .5, info.height - .5, -.5), alpha=alpha)
     ax.set(xticks=[], yticks=[])
 
 def _draw_slide(ax, factory, name, more=""):

@@ -64,7 +64,9 @@ def check_duplicates(
     if rest.any(): out.append(note(f"{rest.sum()} pairs of training pictures are nearly the same; none is torn apart"))
     return out
 
-# %% ../../nbs/pictures/check_pictures.ipynb #cc606b69
+# %% ../../nbs/pictures/check_pictures.ipynb #d9d25549
+_LARGE_GROUP = .2          # share of the training pictures
+
 def check_patients(
     prepared: PreparedPictures,
 )->list:
@@ -79,6 +81,10 @@ def check_patients(
     if shared := sorted(train & test):
         what = f"{len(shared)} patients are learnt from and answered ({some_of(shared)})"
         out.append(warning(what, "drop their training pictures, or the test score is too high"))
+    size = pd.Series(prepared.groups()).value_counts(normalize=True)
+    if size.iloc[0] > _LARGE_GROUP:
+        what = f"{size.iloc[0]:.0%} of the training pictures are of one patient, or copies of each other"
+        out.append(warning(what, "see figures/duplicates.png; name the patients, or hold a site out"))
     nameless = int(items.patient.iloc[prepared.train].eq("").sum())
     if nameless:
         mend = "give patient_pattern, or a metadata.csv with patients; until then only copies are held together"

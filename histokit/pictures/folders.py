@@ -21,7 +21,7 @@ from .naming import (
     PictureNames, guess_pattern, list_pictures, parts_of_names, plain_name, without_suffix)
 from .settings import PictureSettings
 
-# %% ../../nbs/pictures/folders.ipynb #1a5feb70
+# %% ../../nbs/pictures/folders.ipynb #d5726d03
 PICTURE_COLUMNS = ("id", "file", "split", "patient", "site", "view")
 RESERVED_COLUMNS = ("row", "fold", "group", "truth", "damaged", "width", "height")     # what later steps write
 
@@ -56,7 +56,7 @@ class PictureTable:
     def targets(self)->np.ndarray:
         "(n,) int64 class numbers of the training pictures, or (n, L) float32 with NaN for what nobody knows."
         values = self.train[self.label_columns]
-        return values.to_numpy(np.float32) if self.kind == "multilabel" else values.label.to_numpy(np.int64)
+        return np.array(values, np.float32) if self.kind == "multilabel" else np.array(values.label, np.int64)
 
     def counts(self)->pd.DataFrame:
         "How many pictures of each class there are to learn from, and to answer."

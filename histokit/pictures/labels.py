@@ -80,7 +80,7 @@ def _listed(column):
     table[column.eq("").to_numpy()] = np.nan
     return Labels("multilabel", tuple(names), table)
 
-# %% ../../nbs/pictures/labels.ipynb #bfa563bd
+# %% ../../nbs/pictures/labels.ipynb #1ae88250
 _MEANS = {"0": 0., "1": 1., "-1": np.nan, "": np.nan, "true": 1., "false": 0., "yes": 1., "no": 0.}
 
 def _zero_or_one(column):
@@ -103,7 +103,7 @@ def _several_columns(table, positive):
     "Labels of several columns of text."
     marks = table.apply(_zero_or_one)
     labelled = marks.dropna(how="all")
-    if len(labelled) and labelled.sum(1).eq(1).all() and labelled.notna().all(axis=None):
+    if len(labelled) and labelled.sum(axis=1).eq(1).all() and labelled.notna().all(axis=None):
         names = labelled.idxmax(axis=1).reindex(table.index).fillna("").rename("label")
         return _one_column(names, positive)
     if positive: raise BadInput(f"positive={positive} is for two classes; these are several labels, leave it empty")

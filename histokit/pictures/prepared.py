@@ -6,7 +6,7 @@
 __all__ = ['LARGEST_PICTURE', 'SMALLEST_SIDE', 'Square', 'read_square', 'decode_pictures', 'prepare_pictures', 'check_enough',
            'PreparedPictures', 'open_pictures', 'PictureDataset']
 
-# %% ../../nbs/pictures/prepared.ipynb #88384e54
+# %% ../../nbs/pictures/prepared.ipynb #b630764b
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..core.submission import AnswerForm
 from ..core.text import BadInput, some_of
 from ..learn.batches import BatchDataset
 from .augment import augment_pictures
-from .duplicates import grey_thumbnail, joined_groups, near_pairs, perceptual_hash
+from .duplicates import grey_thumbnail, joined_groups, near_pairs
 from .folders import PictureTable, find_pictures
 from .folds import deal_pictures
 from .settings import PictureSettings
@@ -134,13 +134,13 @@ def decode_pictures(
         assert _header(file, (int(decoded.kept.sum()), *shape)) == start
     return decoded
 
-# %% ../../nbs/pictures/prepared.ipynb #a2f765c2
+# %% ../../nbs/pictures/prepared.ipynb #b1f112fb
 def _new_items(table, decoded, settings):
     "The items that were kept: with their group, fold, row, and whether they are damaged."
     kept, found = np.flatnonzero(decoded.kept), decoded.facts
     items = pd.concat([table.items, found[["width", "height"]]], axis=1).iloc[kept].reset_index(drop=True)
     items["damaged"] = [row in decoded.why for row in kept]
-    pairs = near_pairs(perceptual_hash(decoded.thumbs), flat=found.flat.to_numpy()[kept])
+    pairs = near_pairs(decoded.thumbs, flat=found.flat.to_numpy()[kept])
     items["group"], items["row"] = joined_groups(items.patient, pairs), np.arange(len(items))
     return items, pairs
 
@@ -197,7 +197,7 @@ def check_enough(
     if missing := [c for k, c in enumerate(table.classes) if not train.label.eq(k).any()]:
         raise BadInput(f"no picture of class {missing[0]} can be read; the first that cannot: {first}")
 
-# %% ../../nbs/pictures/prepared.ipynb #896c69d4
+# %% ../../nbs/pictures/prepared.ipynb #bb5589c5
 class PreparedPictures:
     "What the first stage left in a run folder."
     def __init__(self,
@@ -228,8 +228,8 @@ class PreparedPictures:
     def targets(self)->np.ndarray:
         "(n,) int64 class numbers of the training rows, or (n, L) float32 with NaN for what nobody knows."
         train = self.items.iloc[self.train]
-        if self.kind == "multilabel": return train[list(self.classes)].to_numpy(np.float32)
-        return train.label.to_numpy(np.int64)
+        if self.kind == "multilabel": return np.array(train[list(self.classes)], np.float32)
+        return np.array(train.label, np.int64)
 
     def groups(self)->np.ndarray:
         "(n,) the group of each training row: its patient, or what is nearly the same picture."
@@ -270,7 +270,7 @@ def open_pictures(
     "What the first stage left in a run folder; `BadInput` where it has not run."
     return PreparedPictures(run)
 
-# %% ../../nbs/pictures/prepared.ipynb #d3df88c0
+# %% ../../nbs/pictures/prepared.ipynb #751c9afc
 class PictureDataset(BatchDataset):
     "Batches of prepared pictures: image (B, 3, S, S) uint8, and targets."
     def __init__(self,
@@ -283,7 +283,7 @@ class PictureDataset(BatchDataset):
         device: str = "cpu",     # where a batch is augmented
     ):
         self.file, self.rows, self.augment, self.device = Path(file), np.asarray(rows, int), augment, device
-        target = np.asarray(target)
+        target = np.array(target)
         whole = target.ndim == 1 and target.dtype.kind in "iub"
         self.target = torch.as_tensor(target, dtype=torch.int64 if whole else torch.float32)
         if len(self.target) != len(self.rows):

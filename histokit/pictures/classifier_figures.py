@@ -207,7 +207,7 @@ def show_calibration(
     ax.legend(fontsize=8, loc="upper left")
     return fig
 
-# %% ../../nbs/pictures/classifier_figures.ipynb #1ffdb7cf
+# %% ../../nbs/pictures/classifier_figures.ipynb #0b818eda
 @dataclass(frozen=True)
 class Shots:
     "Pictures of cases, and perhaps maps over them."
@@ -217,7 +217,7 @@ class Shots:
 
 def _title(case):
     "What is said above a picture, and in which colour."
-    said = f"{case.answer} {case.confidence:.0%}"
+    said = f"{case.answer}, {case.confidence:.0%}"
     return (said, "C2") if case.right else (f"{said}\ntrue: {case.truth}", "C3")
 
 def _panel(ax, image, title="", colour="k"):
@@ -235,7 +235,7 @@ def show_cases(
     each = 1 if shots.maps is None else 2
     wide = max(min(wide, len(shots.cases)), 1)
     high = max(-(-len(shots.cases) // wide), 1)
-    size = (1.75 * each * wide, 2.25 * high + .3)
+    size = (1.75 * each * wide, 2.15 * high + .3)
     fig, axes = plt.subplots(high, each * wide, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat: ax.axis("off")
     for i, (case, image) in enumerate(zip(shots.cases.itertuples(), shots.images)):

@@ -176,7 +176,7 @@ def shortcut_verdict(
     clean = f"{names} {'reach at most' if len(blind) > 1 else 'alone reaches'} {reach}"
     return "; ".join([f"No shortcut found: {clean}", *parts]) + "."
 
-# %% ../../nbs/pictures/shortcuts.ipynb #b9d9ea90
+# %% ../../nbs/pictures/shortcuts.ipynb #10a40030
 def _colours(audit):
     "Red for a shortcut, blue for the model, grey for the rest."
     named = dict.fromkeys(shortcuts_found(audit), "C3") | {"this model": "C0"}
@@ -189,7 +189,7 @@ def show_shortcuts(
     "How well each source tells the label; what cannot show the disease is red where it is a shortcut."
     import matplotlib.pyplot as plt
     colours = _colours(audit)
-    names = [f"{s} (no disease in it)" if blind else s for s, blind in zip(audit.source, audit.blind)]
+    names = [f"{s} (cannot show the finding)" if blind else s for s, blind in zip(audit.source, audit.blind)]
     y = np.arange(len(audit))[::-1]
     fig, ax = plt.subplots(figsize=(6.5, .32 * len(audit) + 1.5), layout="constrained")
     ax.hlines(y, audit.low, audit.high, colors=colours, lw=2)
@@ -200,6 +200,6 @@ def show_shortcuts(
     ax.axvspan(.5, SURE, color=".93", zorder=0)
     ax.set_yticks(y, names, fontsize=9)
     ax.set(xlim=(min(.4, audit.low.min() - .02), 1.08), ylim=(-.6, len(audit) - .4))
-    ax.set_xlabel(f"area under the ROC curve (0.5 is chance; a shortcut lies above {SURE} for sure)")
+    ax.set_xlabel(f"AUC: 0.5 is chance, a shortcut lies above {SURE} for sure")
     fig.suptitle(textwrap.fill(verdict or shortcut_verdict(audit), 88), fontsize=9, x=.02, ha="left")
     return fig

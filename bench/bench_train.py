@@ -1,8 +1,12 @@
-"""What the trainer costs over a bare torch loop, and on a GPU how many pictures a second it trains.
+"""What the trainer costs over a bare torch loop, what settings of threads and memory are worth on a busy machine, and
+on a GPU how many pictures a second it trains.
 
     python bench/bench_train.py [--quick]
 """
 import argparse
+import os
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -75,6 +79,35 @@ def overhead(steps, device):
             "trainer, steps/s": 1 / b, "ratio": a / b, "ms a step more": 1e3 * (b - a)}
 
 
+EPOCHS = """import sys
+if sys.argv[1] == "torch": import torch
+from histokit.learn.trainer import Trainer
+from histokit.learn.networks import create_image_model
+sys.path.insert(0, sys.argv[2])
+from bench_train import Pictures
+import torch
+model = create_image_model(35, "test_resnet.r160_in1k", "none", hidden="128")
+trainer = Trainer(model, torch.nn.functional.mse_loss, None, epochs=4, batch_size=32, device="cpu")
+print(trainer.fit(Pictures(512, 48)).seconds.median())"""
+# what imports first, and the environment it starts with; a malloc variable of any kind leaves the memory's limits alone
+WAYS = {"torch first, nothing set": ("torch", dict(MALLOC_ARENA_TEST="8")), "histokit first": ("histokit", {}),
+    "a stage of the pipeline": ("histokit", None)}
+
+def plain_python(busy):
+    "Seconds of an epoch of a small network in a program of one's own, with other programs at work beside it."
+    from histokit.core.compute import KERNEL_ENVIRONMENT
+    unset = {k: v for k, v in os.environ.items() if k not in KERNEL_ENVIRONMENT and k != "OMP_NUM_THREADS"}
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    try:
+        for name, (first, given) in WAYS.items():
+            env = unset | (KERNEL_ENVIRONMENT if given is None else given)
+            command = [sys.executable, "-W", "ignore", "-c", EPOCHS, first, os.path.dirname(os.path.abspath(__file__))]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+            yield {"test_resnet, 48 px, CPU": name, "programs beside it": busy, "s an epoch": float(done.stdout)}
+    finally:
+        for burner in burners: burner.kill()
+
+
 class Pictures(Dataset):
     "Pictures cut from noise in memory, one by one."
     def __init__(self, n, px):
@@ -115,6 +148,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         print(pd.DataFrame(overhead(100 if quick else 400, device)).round(2).to_string(index=False), end="\n\n")
+    for busy in (0, os.cpu_count() or 1):
+        print(pd.DataFrame(plain_python(busy)).round(2).to_string(index=False), end="\n\n")
     if torch.cuda.is_available():
         print(torch.cuda.get_device_name())
         print(pd.DataFrame(gpu(320 if quick else 1600)).round(1).to_string(index=False))

@@ -1,5 +1,6 @@
 "What the pages on context and on slide priors cannot say about themselves: odd lattices, lone spots, saved heads."
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -8,9 +9,11 @@ from histokit.learn.networks import check_param_groups, param_groups
 from histokit.learn.scores import mean_spearman
 from histokit.spots.context import (AROUND, ContextDataset, ContextHead, context_answer, fit_context, load_context,
     train_context, turn_offsets)
+from histokit.spots.check_run import check_split_honesty
 from histokit.spots.lattice import neighbour_table
 from histokit.spots.network import save_model
 from histokit.spots.slide_prior import SlideBags, SlidePrior, choose_prior_weight, fit_prior, slide_means, with_prior
+from histokit.spots.splits import assign_folds, check_split, fold_rows, inner_split, resolve_split, spatial_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -301,3 +304,52 @@ def test_means_of_what_was_measured(slides):
     holes = y.copy()
     holes[slide == "s2", 3] = np.nan
     assert np.isnan(slide_means(holes, slide)[1]).sum() == 1
+
+
+def of_slides(*sizes):
+    "Training spots of slides at random places, some of them on one line."
+    rng, parts = np.random.default_rng(len(sizes)), []
+    for i, n in enumerate(sizes):
+        xy = rng.uniform(0, 2000, (n, 2)) * ([1, 0] if i == 1 else [1, 1])
+        parts.append(pd.DataFrame(dict(slide=f"S_{i}", patient=f"S_{i}", split="Train", x=xy[:, 0], y=xy[:, 1])))
+    return pd.concat(parts, ignore_index=True)
+
+
+@pytest.mark.parametrize("sizes", [(150,), (150, 90), (60, 50, 200)])
+@pytest.mark.parametrize("folds", [2, 3, 4, 7])
+def test_blocks_share_no_pixel(sizes, folds):
+    "Every spot is held out once; what trains, what chooses and what is scored lie a patch apart."
+    spots, side = of_slides(*sizes), 60
+    spots["fold"] = assign_folds(spots, "blocks", folds)
+    assert (spots.groupby("slide").fold.nunique() == folds).all()
+    for k in range(folds):
+        train, held = fold_rows(spots, k, side)
+        check_split(spots.iloc[train], spots.iloc[held], side)
+        three = inner_split(spots, k, side)
+        for i, j in ((0, 1), (0, 2), (1, 2)): check_split(spots.iloc[three[i]], spots.iloc[three[j]], side)
+        assert set(three[0]) | set(three[1]) <= set(train) and len(three[0]) and len(three[1])
+    assert np.bincount(spots.fold).sum() == len(spots)
+
+
+def test_the_checks_know_blocks():
+    "With the buffer that training kept free, a split by blocks is a warning; without one it is a leak."
+    spots = of_slides(150)
+    fold = assign_folds(spots, "blocks")
+    leak, = check_split_honesty(spots, fold, patch_px=80)
+    kept, = check_split_honesty(spots, fold, patch_px=80, buffer=80)
+    assert (leak.level, kept.level) == ("error", "warning") and "leak" in leak.what and "this slide" in kept.mend
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: assign_folds(of_slides(5)), "has 5 spots for 4 blocks; use fewer folds"),
+    (lambda: assign_folds(of_slides(50), "slide"), "use split=blocks"),
+    (lambda: assign_folds(of_slides(50, 40).assign(patient="P"), "patient"), "use split=slide, or split=blocks"),
+    (lambda: assign_folds(of_slides(50), "blocks", 1), "use 2 or more"),
+    (lambda: inner_split(of_slides(50).assign(fold=spatial_blocks(lattice()[:50], 4)), 0, 9e9), "no spot to train")])
+def test_blocks_that_cannot_be(call, says):
+    with pytest.raises(BadInput, match=says): call()
+
+
+def test_auto_divides_an_only_slide_and_no_other():
+    assert [resolve_split(of_slides(*n)) for n in ((40,), (40, 40))] == ["blocks", "slide"]
+    assert resolve_split(of_slides(40, 40, 40).assign(patient=list("aab") * 40)) == "patient"

@@ -20,7 +20,10 @@ from histokit.learn.scores import (
     kappa_score, mean_absolute_error, mean_spearman, pearson_columns, pearson_rows_score, quadratic_weighted_kappa,
     roc_auc, row_ranks, sensitivity, spearman_columns, spearman_rows, specificity)
 from histokit.spots.contributions import compare_types, contributions, swaps, top_k_agreement
-from histokit.spots.ladder import PER_SPOT, PER_TYPE, held_out_constants, new_slide_rungs, spot_ladder, standard_rungs
+from histokit.spots.blend import choose_blend
+from histokit.spots.ladder import (EQUAL_SLIDES, OWN_SLIDE, PER_SPOT, PER_TYPE, held_out_constants, new_slide_rungs,
+    spot_ladder, standard_rungs)
+from histokit.spots.leaderboard import simulate_leaderboard
 from histokit.spots.results import compare_runs, differing_parameters, format_comparison, read_run, run_predictions
 
 rng = np.random.default_rng(0)
@@ -528,3 +531,39 @@ def test_runs_refused(tmp_path, message):
     if message in FAULTS: FAULTS[message](b)
     with pytest.raises(BadInput, match=message) as e: compare_runs([a] if message == "two or more" else [a, b], blocks)
     assert "\n" not in str(e.value)
+
+
+def test_rungs_that_know_slides_change_no_other():
+    "A further constant and an oracle join the ladder; scores, intervals and skill of the others keep every digit."
+    rng = np.random.default_rng(0)
+    true, slide = rng.random((60, 6)) + np.arange(6), np.repeat(["a", "b", "c"], [40, 14, 6])
+    fold, block = pd.factorize(slide)[0], np.arange(60) // 5
+    before = spot_ladder(standard_rungs(true, fold, true), true, slide, block)
+    after = spot_ladder(standard_rungs(true, fold, true, slide=slide), true, slide, block)
+    kept = after[after["name"].isin(before["name"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, before)
+    assert sorted(set(after["name"]) - set(before["name"])) == sorted([EQUAL_SLIDES, OWN_SLIDE])
+    assert after.kind[after["name"].eq(EQUAL_SLIDES)].item() == "further constant"
+
+
+def test_a_choice_out_of_fold_does_not_see_what_is_scored():
+    rng, fold = np.random.default_rng(1), np.repeat([0, 1, 2], 20)
+    x, y = np.tile(np.arange(20), 3) % 5 * 10., np.tile(np.arange(20), 3) // 5 * 10.
+    spots = pd.DataFrame(dict(slide=fold, x=x, y=y))
+    true, pred, constant = rng.random((60, 8)), rng.random((60, 8)), rng.random(8)
+    found = choose_blend(pred, pred, constant, true, spots, fold)
+    for k in range(3):
+        spoilt = np.where((fold == k)[:, None], rng.random((60, 8)), true)
+        again = choose_blend(pred, pred, constant, spoilt, spots, fold)
+        assert again.by_fold[k] == found.by_fold[k]
+        np.testing.assert_array_equal(again.answer[fold == k], found.answer[fold == k])
+
+
+@pytest.mark.parametrize("share", [.01, .3, .99])
+def test_a_leaderboard_has_two_parts(share):
+    "At least one unit is public and one private, whatever the share; the two parts make the whole."
+    rng, units = np.random.default_rng(2), np.repeat(np.arange(5), 8)
+    true = rng.random((40, 5))
+    table = simulate_leaderboard(dict(a=rng.random((40, 5)), b=true), true, units, share, draws=50)
+    assert np.isfinite(table.to_numpy()).all() and table.loc["b", ["public", "private"]].tolist() == [1, 1]
+    assert table.attrs["kept"] == 1

@@ -2,7 +2,9 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -695,3 +697,51 @@ def test_real_memory_runs_out(tmp_path):
     t = trainer(model=Wide, device="cuda", amp="no", batch_size=rows, epochs=1, log=lines.append)
     t.fit(Rows(rows))
     assert "out of memory" in lines[0] and t.micro.at_once < rows
+
+
+def with_folds(run, say=print, **changed):
+    "A cross-validation by gradient descent, as small as can be."
+    from histokit.spots.crossval import run_training
+    from histokit.spots.demo import smoke_demo
+    from histokit.spots.settings import TrainingSettings
+    settings = TrainingSettings(epochs=2, input_px=32, target="rank", device="cpu", **changed)
+    network = dict(backbone="test_resnet.r160_in1k", weights="none", head="linear")
+    return run_training(run, smoke_demo(), settings, network, say)[1]
+
+
+def test_a_finished_fold_is_small_and_not_trained_again(tmp_path):
+    "Stopped in its second fold: the first is taken as it is, the second goes on from its checkpoint, and none stays."
+    from histokit.core.runs import RunFolder
+    torch.set_num_threads(1)
+    whole = with_folds(RunFolder(tmp_path/"whole").make(), lambda line: None, compare_random=False)
+    run, lines = RunFolder(tmp_path/"stopped").make(), []
+    def stop(line):
+        if line.startswith("fold 1  epoch 2"): raise Dies
+    with pytest.raises(Dies): with_folds(run, stop, compare_random=False)
+    assert not (run/"folds/0/last.pt").exists() and (run/"folds/1/last.pt").exists()
+    found = with_folds(run, lines.append, compare_random=False)
+    assert lines[0] == "fold 0  finished before, after epoch 2" and lines[1] == "fold 1  going on after epoch 1"
+    assert not any(line.startswith("fold 0  epoch") for line in lines) and not list(run.path.rglob("last.pt"))
+    np.testing.assert_array_equal(found.oof, whole.oof)
+    assert found.flattery is None and not (run/"random_split").exists()
+
+
+def test_the_random_split_leaves_its_history_alone(tmp_path):
+    from histokit.core.runs import RunFolder
+    torch.set_num_threads(1)
+    found = with_folds(RunFolder(tmp_path).make(), lambda line: None, sampler="balanced", warmup=.5)
+    assert set(found.flattery) == {"random_split", "held_out", "spots"}
+    assert [p.name for p in (tmp_path/"random_split").iterdir()] == ["history.csv"]
+
+
+def test_what_can_be_set_at_import_is_set():
+    "Before torch the way threads wait, and memory at any time; where torch came first, one line, once."
+    code = "import sys, types, os\n{}\nimport histokit.learn\nfrom histokit.core.compute import waits_badly\n"
+    code += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules, len(waits_badly()) > 0, waits_badly() == '')"
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY" and not k.startswith("MALLOC_")}
+    def said(first, **more):
+        asked = [sys.executable, "-c", code.format(first)]
+        return subprocess.run(asked, env=env | more, capture_output=True, text=True).stdout.split()
+    assert said("") == ["PASSIVE", "False", "False", "True"]
+    assert said("sys.modules['torch'] = types.ModuleType('torch')") == ["PASSIVE", "True", "True", "True"]
+    assert said("sys.modules['torch'] = types.ModuleType('torch')", OMP_WAIT_POLICY="ACTIVE")[0] == "ACTIVE"

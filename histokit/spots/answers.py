@@ -7,7 +7,7 @@ __all__ = ['CHOSEN', 'FoldAnswers', 'quick_models', 'smoothing_widths', 'out_of_
            'submit', 'blend_answers', 'read_truth', 'hidden_ladder', 'score_test_sets', 'show_costs', 'show_steps',
            'Prediction', 'open_answers', 'run_prediction']
 
-# %% ../../nbs/spots/answers.ipynb #bacca7d5
+# %% ../../nbs/spots/answers.ipynb #7d0b1777
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from ..learn.batches import predict, predict_views
 from ..learn.scores import mean_spearman, row_ranks
 from .blend import choose_blend
 from .cache import SlideCache
-from .contributions import contributions, show_contributions, show_spot_scores, show_swap_map, swaps
+from .contributions import contributions, show_contributions, show_swap_map, swaps
 from .ladder import new_slide_rungs, spot_ladder, standard_rungs
 from .lattice import neighbour_labels, smooth
 from .leaderboard import score_sets
@@ -251,20 +251,19 @@ def score_test_sets(
     if sets is None or sets.nunique() < 2: return None
     return score_sets({"submission": answers.final}, truth, sets)
 
-# %% ../../nbs/spots/answers.ipynb #0eb80b0b
+# %% ../../nbs/spots/answers.ipynb #196f1fbd
 def show_costs(
     folds: FoldAnswers,
     rungs: dict,              # from `out_of_fold`
 )->dict:                      # name -> matplotlib Figure
-    "What each type costs, which pairs change places, and the spots' scores by slide, for the last rung."
+    "What each type costs, and which pairs change places, for the last rung."
     types, name = np.asarray(folds.factory.cell_types), list(rungs)[-1]
     constant = _mean_answers(folds)[0]
     pair = {"a constant": constant, f"this model {name}" if name.startswith("+") else name: rungs[name]}
     costs = {label: contributions(pred, folds.Y, types) for label, pred in pair.items()}
-    return dict(types=show_contributions(costs), swaps=show_swap_map(swaps(rungs[name], folds.Y, types)),
-        spots=show_spot_scores(pair, folds.Y, folds.train.slide))
+    return dict(types=show_contributions(costs), swaps=show_swap_map(swaps(rungs[name], folds.Y, types)))
 
-# %% ../../nbs/spots/answers.ipynb #6002a144
+# %% ../../nbs/spots/answers.ipynb #35951c3b
 def show_steps(
     folds: FoldAnswers,
     rungs: dict,                   # from `out_of_fold`
@@ -287,14 +286,16 @@ def show_steps(
 def _test_steps(answers, names):
     "The test spots' answers after each step, the folds' mean; the truth is not known."
     each = list(answers.by_fold.values())
-    steps = [np.mean([a[0] for a in each], 0), np.mean([a.mean(0) for a in each], 0), answers.ensemble]
+    first, views = (np.mean([f(a) for a in each], 0) for f in (lambda a: a[0], lambda a: a.mean(0)))
+    steps = [first, views, answers.ensemble]
     unknown = np.full(answers.ensemble.shape, np.nan)
     return dict(zip(names, [unknown, *steps, unknown if answers.blended is None else answers.blended]))
 
 def _ranks_of_type(table, maps, slide, t):
     "The rows of a slide, and there each map's rank (n,) of type t within the spot."
     here = table.slide.eq(slide).to_numpy()
-    ranks = {n: v[here, t] if np.isnan(v).any() else row_ranks(v[here])[:, t] for n, v in maps.items()}
+    known = {n: np.isfinite(v).all() for n, v in maps.items()}
+    ranks = {n: (row_ranks(v[here]) if known[n] else v[here])[:, t] for n, v in maps.items()}
     return table.loc[here, ["slide", "x", "y"]], ranks
 
 # %% ../../nbs/spots/answers.ipynb #b6c59f1a

@@ -128,7 +128,7 @@ def show_swaps(
     ax.legend(fontsize=8, loc="lower right")
     return fig
 
-# %% ../../nbs/spots/contributions.ipynb #361520d3
+# %% ../../nbs/spots/contributions.ipynb #32fd71cd
 def show_swap_map(
     table,           # from `swaps`
     n: int = 14,     # types shown: those in the dearest pairs
@@ -144,7 +144,8 @@ def show_swap_map(
     fig, ax = plt.subplots(figsize=(.3 * n + 2.4, .24 * n + 1.6), layout="constrained")
     sns.heatmap(1000 * grid, cmap="magma_r", square=True, ax=ax, cbar_kws=dict(label="lost score × 1000", shrink=.7))
     ax.set(xlabel="the type ranked too high", ylabel="the type that is higher")
-    ax.tick_params(labelsize=8)
+    ax.tick_params(labelsize=8, rotation=0)
+    ax.tick_params(axis="x", rotation=90)
     return fig
 
 # %% ../../nbs/spots/contributions.ipynb #637aaa15

@@ -71,7 +71,7 @@ def fit_combination(
     if total < 1 / _MOST: return Combination((1 / members,) * members, _MOST)
     return Combination(tuple(float(w) for w in weights / total), float(1 / total))
 
-# %% ../../nbs/pictures/calibrate.ipynb #abe4419c
+# %% ../../nbs/pictures/calibrate.ipynb #8077a2ab
 def nested_combination(
     logits,               # (M, n, K) out-of-fold logits
     z,                    # (n, K)
@@ -80,7 +80,8 @@ def nested_combination(
 )->tuple:                 # (n, K) logits by combinations that saw other folds only; the combination of all
     "An ensemble whose weights and temperature are learnt outside of each fold."
     logits, out = np.asarray(logits, float), np.full(np.shape(logits)[1:], np.nan)
-    for _, others, held in each_fold(fold): out[held] = fit_combination(logits[:, others], z[others], kind)(logits[:, held])
+    for _, others, held in each_fold(fold):
+        out[held] = fit_combination(logits[:, others], z[others], kind)(logits[:, held])
     return out, fit_combination(logits, z, kind)
 
 # %% ../../nbs/pictures/calibrate.ipynb #bd8fb7d0
@@ -97,7 +98,7 @@ def frozen_threshold(
     point = youden_point(question) if rule == "youden" else sensitivity_point(question, least)
     return point["threshold"]
 
-# %% ../../nbs/pictures/calibrate.ipynb #2599125a
+# %% ../../nbs/pictures/calibrate.ipynb #47d560c9
 def nested_calls(
     p, truth, fold,           # (n,) each
     rule: str = "youden",
@@ -105,5 +106,6 @@ def nested_calls(
 )->np.ndarray:                # (n,) bool
     "Whether each row is called positive, by a threshold that was chosen on other folds."
     p, truth, out = np.asarray(p, float), np.asarray(truth), np.zeros(len(p), bool)
-    for _, others, held in each_fold(fold): out[held] = p[held] >= frozen_threshold(p[others], truth[others], rule, least)
+    for _, others, held in each_fold(fold):
+        out[held] = p[held] >= frozen_threshold(p[others], truth[others], rule, least)
     return out

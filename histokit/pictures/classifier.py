@@ -6,16 +6,15 @@
 __all__ = ['mean_auc', 'LabelTask', 'MemberAnswers', 'EncodedPictures', 'Probe', 'train_choose_held', 'PictureFinetuning',
            'view_names']
 
-# %% ../../nbs/pictures/classifier.ipynb #cca5eb9e
-from dataclasses import dataclass, field
+# %% ../../nbs/pictures/classifier.ipynb #6e667c2d
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..core.compute import seed_everything
-from ..core.files import make_dir, write_json, write_table
-from ..core.progress import announce
+from ..core.files import make_dir, write_table
 from ..core.runs import RunFolder
 from ..core.splits import each_fold
 from ..core.text import BadInput
@@ -111,7 +110,7 @@ class LabelTask:
         if self.kind != "binary" or answers.shape[-1] == 1: return answers
         return answers[..., 1:] - answers[..., :1]
 
-# %% ../../nbs/pictures/classifier.ipynb #93916a9f
+# %% ../../nbs/pictures/classifier.ipynb #a348e53c
 class MemberAnswers(NamedTuple):
     "What one member of the ensemble says, as logits."
     name: str
@@ -179,9 +178,8 @@ class Probe:
         for k, train, held in each_fold(fold):
             fit = self.fit(encoded, train, fold[train])
             for v in views: held_out[v, held] = fit.predict(encoded.view(v, self.data.train[held]))
-            chosen[k] = fit.chosen
-            score = mean_auc(fit.inner, self.z[train])
-            say(f"{member.name}  fold {k}  penalty {fit.chosen['penalty']:.3g}  AUC left out inside {score:.4f}")
+            chosen[k], score = fit.chosen, mean_auc(fit.inner, self.z[train])
+            say(f"{member.name}  fold {k}  penalty {fit.chosen['penalty']:.3g}  left out inside: AUC {score:.4f}")
             if self.run is not None and not number: self._keep(encoded, fit, k, train)
         final = self.fit(encoded, np.arange(len(fold)), fold)
         test = [final.predict(encoded.view(v, self.data.test)) for v in views] if len(self.data.test) else []
@@ -205,14 +203,15 @@ def _with_head(model, outputs):
     model.config = model.config | dict(n_outputs=outputs)
     return model
 
-# %% ../../nbs/pictures/classifier.ipynb #d95a31a8
+# %% ../../nbs/pictures/classifier.ipynb #f8ac61df
 def train_choose_held(
     fold, k: int,        # (n,), and the fold that is held out
 )->tuple:                # rows to train on, rows that choose the epoch, rows that are held out
     "Three parts of the folds."
     fold = np.asarray(fold)
     names = np.unique(fold[fold >= 0])
-    if len(names) < 3: raise BadInput("fine-tuning needs three folds: to train, to choose the epoch, to hold out; set folds=3")
+    if len(names) < 3:
+        raise BadInput("fine-tuning needs three folds: to train, to choose the epoch, to hold out; set folds=3")
     chooses = names[(int(np.flatnonzero(names == k)[0]) + 1) % len(names)]
     rows = lambda part: np.flatnonzero(part)
     return rows((fold >= 0) & (fold != k) & (fold != chooses)), rows(fold == chooses), rows(fold == k)

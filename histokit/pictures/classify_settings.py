@@ -63,7 +63,7 @@ def level_groups(
     "Which stages of an encoder make the features of each member."
     return tuple(tuple(numbers(part, name, int)) for part in str(text).split(";") if part.strip())
 
-# %% ../../nbs/pictures/classify_settings.ipynb #9b3e9f26
+# %% ../../nbs/pictures/classify_settings.ipynb #9f86d366
 @dataclass(frozen=True)
 class ClassifySettings:
     "11_classify: the encoder or encoders, what is learnt and how, and what becomes of the answers."
@@ -109,7 +109,6 @@ class ClassifySettings:
     threshold: str = "youden"
     sensitivity: float = .9
     claims: str = ""
-    fold_processes: int = 1
     workers: int = 0
     device: str = "auto"
     seed: int = 0
@@ -140,7 +139,7 @@ class ClassifySettings:
 
     def check_ranges(self)->None:
         "Raise `BadInput` for a number outside its range."
-        within(self, "pca", "rotate", "fold_processes", "seed", low=0)
+        within(self, "pca", "rotate", "seed", low=0)
         within(self, "label_smoothing", "shift", "zoom", "brightness", "contrast", "crop", low=0, high=.9)
         within(self, "sensitivity", low=.01, high=1)
 

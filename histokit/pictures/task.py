@@ -21,7 +21,9 @@ from .classify_settings import ClassifySettings
 from .folders import find_pictures
 from .settings import PictureSettings
 
-# %% ../../nbs/pictures/task.ipynb #253bac0e
+# %% ../../nbs/pictures/task.ipynb #17026e91
+_LAYOUTS = "with train/ and train_labels.csv, or class folders"
+
 def _settings_of(ask):
     "The settings of the first two stages."
     flat = {name: value for params in ask.values() for name, value in params.items()}
@@ -33,7 +35,7 @@ def prepare(
 ):                        # the same, with the toy set's folder where the demo is asked for
     "Raise `BadInput` unless there is a folder of pictures that can be learnt from."
     path = ask.get("data_path")
-    if not path: raise BadInput("data_path is empty; give -p data_path=FOLDER with train/ and train_labels.csv, or class folders")
+    if not path: raise BadInput(f"data_path is empty; give -p data_path=FOLDER, {_LAYOUTS}")
     if path == "demo":
         from histokit.pictures.toy import toy_pictures
         folder = run/"demo"
@@ -44,7 +46,7 @@ def prepare(
     task = LabelTask(table.kind, tuple(table.classes))
     task.check(how)
     if how.method == "finetune" and pictures.folds < 3 and pictures.split != "site":
-        raise BadInput("method=finetune needs three folds: to train, to choose the epoch, to hold out; give folds=3 or more")
+        raise BadInput("method=finetune needs three folds: to train, to choose the epoch, to hold out; give folds=3")
     if table.form is not None: answer_values(task, [[.5] * len(task.columns)], table.form)
     return ask
 
@@ -57,15 +59,18 @@ def picture_bytes(ask)->int:
 
 bytes_needed = picture_bytes
 
-# %% ../../nbs/pictures/task.ipynb #f1ee5ee8
-def _figure(of): return f"{of['value']:.3f} [{of['low']:.3f}, {of['high']:.3f}]" if of["low"] is not None else f"{of['value']:.3f}"
+# %% ../../nbs/pictures/task.ipynb #009cc8c6
+def _figure(of):
+    interval = f" [{of['low']:.3f}, {of['high']:.3f}]" if of["low"] is not None else ""
+    return f"{of['value']:.3f}{interval}"
 
 def _threshold_lines(metrics):
     "What is called positive, and how well that goes."
     if not metrics.get("threshold"): return []
     t = metrics["threshold"]
     figures = ", ".join(f"{name} {_figure(of)}" for name, of in metrics["at_threshold"].items())
-    return ["", f"Threshold {t['value']:.3f} ({t['rule']}), chosen on {t['chosen_on']}; in folds that did not choose it:", figures]
+    chosen = f"Threshold {t['value']:.3f} ({t['rule']}), chosen on {t['chosen_on']}; in folds that did not choose it:"
+    return ["", chosen, figures]
 
 def _site_lines(metrics):
     "AUC where a site was left out."
@@ -79,7 +84,9 @@ def report(
     metrics = run.json("metrics.json", "11_classify")
     lines = ["", "Training pictures, each answered by folds that saw nothing of its patient:"]
     lines += [format_ladder(pd.DataFrame(metrics["ladder"])), *_threshold_lines(metrics), *_site_lines(metrics)]
-    if metrics.get("test"): lines.append(f"Test pictures whose folder names their class: AUC {metrics['test']['auc']:.3f} ({metrics['test']['pictures']} pictures).")
+    if test := metrics.get("test"):
+        lines.append(f"Test pictures whose folder names their class ({test['pictures']}): AUC {test['auc']:.3f}.")
     home = os.path.relpath(run.path)
     places = dict(submission="submission.csv", figures="figures/", report="report.html", notebooks="*.ipynb")
-    return "\n".join([*lines, "", *(f"{what:12}{home}/{where}" for what, where in places.items() if run.has(where) or "*" in where)])
+    there = {what: where for what, where in places.items() if "*" in where or run.has(where)}
+    return "\n".join([*lines, "", *(f"{what:12}{home}/{where}" for what, where in there.items())])

@@ -26,7 +26,7 @@ from histokit.spots import explore as explore_module
 from histokit.spots.cache import SlideCache
 from histokit.spots.cards import html_factory, html_sample, html_slide, html_split, thumbnail
 from histokit.spots.explore import can_draw_widgets, explore, widget_class
-from histokit.spots.explore_page import explorer_server, write_explorer
+from histokit.spots.explore_page import explorer_page, explorer_server, write_explorer
 from histokit.spots.explore_scene import COLOURINGS, Scene, SceneServer, as_view, palette_colours, patch_sizes
 from histokit.spots.explore_still import explore_static
 from histokit.spots.patches import HESpotDataset
@@ -135,7 +135,8 @@ def test_the_script_travels_with_the_package():
 BAD_COMMANDS = [
     ([], "does not exist"), (["--slide", "s_1"], "did you mean 'S_1'"), (["--kind", "score"], "unknown kind"),
     (["--target", "C99"], "unknown target"), (["--beside", "S_9"], "unknown slide"),
-    (["--port", "70000", "--no-browser"], "port 70000 does not exist"), (["--html", "."], "is a folder"),
+    (["--port", "70000", "--no-browser"], "port 70000"),
+    (["--html", "a.html", "--max-mb", "nan"], "give a size"), (["--html", "."], "is a folder"),
 ]
 
 
@@ -458,7 +459,8 @@ def test_in_jupyterlab(browser, lab, thousand):
     source = ["import numpy as np", "from histokit.spots.explore import explore",
         "from histokit.spots.slides import DataFactory", f"f = DataFactory({str(thousand.factory.path)!r})",
         "t = f.spots.loc[f.spots.split.eq('Train'), f.targets].to_numpy()", "ex = explore(f, t * 2)", "ex"]
-    cells = [nbformat.v4.new_code_cell("\n".join(source)), nbformat.v4.new_code_cell("print('at', ex.viewpoint.spot)")]
+    after = ["print('at', ex.viewpoint.spot)", "ex.show(spot=7);"]
+    cells = [nbformat.v4.new_code_cell("\n".join(lines)) for lines in (source, after)]
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder/"a.ipynb")
     page = browser.new_page(viewport=dict(width=1500, height=1000))
@@ -499,6 +501,7 @@ def test_in_jupyterlab(browser, lab, thousand):
     page.locator(".jp-CodeCell .cm-content").nth(1).click()
     page.keyboard.press("Shift+Enter")
     page.wait_for_selector("text=at 132", timeout=20_000)
+    page.wait_for_function(f"{tab.root}.view.spot == 7", timeout=20_000)                    # and Python's the browser
     if folder := os.environ.get("HISTOKIT_PICTURES"): page.screenshot(path=f"{folder}/lab.png")
     assert errors == []
     print(f"a step in JupyterLab among {N_SPOTS} spots: {np.median(times):.0f} ms, at most {max(times):.0f}")
@@ -568,4 +571,8 @@ def test_cards_stay_small_and_safe(noisy):
 
 
 def test_a_slide_without_lattice_and_scale_is_drawn(noisy):
-    plt.close(explore_static(noisy, "S_1"))
+    scene = Scene(noisy)
+    assert explore_static(scene, "S_1")._repr_png_()[:4] == b"\x89PNG"
+    server = SceneServer(scene)
+    assert [label for _, label in server.facts()["slides"][0]["patches"]] == ["1 pitch", "3 pitches", "9 pitches"]
+    assert explorer_page(server, as_view(scene)).count("<script") == 1                      # a type's name is no script

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['explorer_source', 'explorer_page', 'embedded_pieces', 'write_explorer', 'explorer_server', 'serve_explorer']
 
-# %% ../../nbs/spots/explore_page.ipynb #29b58105
+# %% ../../nbs/spots/explore_page.ipynb #7a02e6a7
 import base64, json
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..core.files import atomic
 from ..core.page import Html, escaped
-from ..core.text import BadInput
+from ..core.text import BadInput, one_line
 from .explore_scene import Scene, SceneServer, as_view
 
 # %% ../../nbs/spots/explore_page.ipynb #fe0832c1
@@ -52,7 +52,7 @@ def explorer_page(
     body = f"<body><div id=explorer class=hk-page></div>{script}</body>"
     return Html(f"<!doctype html><html lang=en><head>{head}</head>{body}</html>\n")
 
-# %% ../../nbs/spots/explore_page.ipynb #369c1224
+# %% ../../nbs/spots/explore_page.ipynb #264e5277
 def _level_tiles(server, slide, level):
     "Every tile of a level of a slide."
     rows, cols = server.tiles.grid(server.names[slide], level)
@@ -84,6 +84,7 @@ def write_explorer(
     **view,                   # as `as_view`
 )->str:                       # what was written, in one line
     "Write the explorer as one page that needs neither Python nor a network."
+    if not 0 < most_mb < 1e6: raise BadInput(f"a page of {most_mb:g} MB: give a size such as 30")
     if Path(path).is_dir(): raise BadInput(f"{path} is a folder; give the page a name, such as explorer.html")
     server = SceneServer(scene)
     pieces, finest = embedded_pieces(server, int(most_mb * 1e6))
@@ -94,7 +95,7 @@ def write_explorer(
     left = f"; reduced to fit: {', '.join(reduced)}" if reduced else ""
     return f"wrote {path} ({len(page) / 1e6:.1f} MB, {len(server.names)} slides{left})"
 
-# %% ../../nbs/spots/explore_page.ipynb #5fc99d70
+# %% ../../nbs/spots/explore_page.ipynb #8ebd2c55
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 def _piece(path):
@@ -115,10 +116,11 @@ class _Handler(BaseHTTPRequestHandler):
             if host not in _LOCAL: raise BadInput("this server answers only requests of this computer")
             if path == "/": self._send(200, self.server.page.encode(), "text/html; charset=utf-8")
             else: self._send(200, self.server.pieces.get(*_piece(path)), "application/octet-stream")
-        except BadInput as e:
-            status = 404 if host in _LOCAL else 403
-            self._send(status, str(e).encode(), "text/plain; charset=utf-8")
+        except BadInput as e: self._refuse(404 if host in _LOCAL else 403, e)
         except ConnectionError: self.close_connection = True             # the page was closed
+        except Exception as e: self._refuse(500, e)                      # as where the file was taken away
+
+    def _refuse(self, status, error): self._send(status, one_line(error).encode(), "text/plain; charset=utf-8")
 
     def _send(self, status, body, kind):
         self.send_response(status)

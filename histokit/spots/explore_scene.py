@@ -130,7 +130,7 @@ class Scene:
         wide = max(abs(low), abs(high), 1e-6)
         return (-wide, wide) if COLOURINGS[kind].centred else (low, max(high, low + 1e-6))
 
-# %% ../../nbs/spots/explore_scene.ipynb #c1d144ec
+# %% ../../nbs/spots/explore_scene.ipynb #c722b9f7
 @dataclass(frozen=True)
 class Viewpoint:
     "What is being looked at."
@@ -150,6 +150,7 @@ class Viewpoint:
         numbers = (self.spot, self.zoom, self.x, self.y, self.opacity)
         if not all(isinstance(v, (int, float, np.number)) for v in numbers):
             raise BadInput("spot, zoom, x, y and opacity of a view are numbers")
+        if not float(self.spot).is_integer(): raise BadInput(f"spot={self.spot}: give the number of a spot")
         if not 1 <= self.zoom < 1e6: raise BadInput(f"zoom={self.zoom:g}: give 1, the whole slide, or more")
         for name in ("x", "y", "opacity"):
             value = getattr(self, name)
@@ -161,6 +162,7 @@ def _target_number(factory, target):
         names = factory.targets if target in factory.targets else factory.cell_types
         target = names.index(choose(target, [*factory.targets, *factory.cell_types], "target"))
     n = len(factory.targets)
+    if not isinstance(target, (int, np.integer)): raise BadInput(f"target {target!r} is neither a name nor a position")
     if not 0 <= target < n: raise BadInput(f"target {target} does not exist; there are {n}, counted from 0")
     return target
 

@@ -646,6 +646,7 @@ class Explorer {
     this.panels[1].root.style.display = this.view.beside ? "" : "none";
     this.touch("tiles", "spots", "marks", "bar", "caption");
     this.drawn.side = false;
+    this.tiles.bad.clear();                            // what failed is tried once more
     for (const p of this.shown) this.load(p.number);
     this.schedule();
   }
@@ -657,7 +658,10 @@ class Explorer {
     this.data[number] = undefined;
     this.loading++;
     try { this.data[number] = unpack(await this.host.get("slide", number)); }
-    catch (error) { this.say(error.message); }
+    catch (error) {
+      delete this.data[number];                        // asked for again when a slide is chosen
+      this.say(error.message);
+    }
     this.loading--;
     for (const p of this.panels) if (p.number === number) p.touch("spots", "marks", "bar", "caption");
     this.drawn.side = false;

@@ -656,3 +656,27 @@ def test_what_was_guessed_is_said_with_the_stain(tmp_path):
     save(tmp_path/"c.tif", SLIDE // 200)
     done = CliRunner().invoke(app, ["stain", *(str(tmp_path/n) for n in ("c.tif", "ref.png", "d.png"))])
     assert done.exit_code == 1 and "c.tif holds only 0 and 1" in done.stderr and not (tmp_path/"d.png").exists()
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_other_formats_of_16_bits(tmp_path, bits):
+    codecs, deep = pytest.importorskip("imagecodecs"), of_bits(OTHER, bits)
+    (tmp_path/"a.jp2").write_bytes(codecs.jpeg2k_encode(deep, level=0))
+    for name, kind, image in (("a.ppm", "P6", deep), ("a.pgm", "P5", deep[..., 1])):
+        (tmp_path/name).write_bytes(f"{kind} 161 187 65535\n".encode() + image.astype(">u2").tobytes())
+    for name in ("a.jp2", "a.ppm", "a.pgm"):
+        if bits < 16:
+            with pytest.raises(BadInput, match=f"a picture of {bits} bits"): read_rgb(tmp_path/name)
+        else: assert np.abs(read_rgb(tmp_path/name)[..., 1].astype(int) - OTHER[..., 1]).max() <= 1
+    (tmp_path/"said.ppm").write_bytes(f"P6 161 187 {2**bits - 1}\n".encode() + deep.astype(">u2").tobytes())
+    assert np.abs(read_rgb(tmp_path/"said.ppm").astype(int) - OTHER).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "LAB"])
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+def test_turned_pictures_of_other_colours_are_upright_or_refused(tmp_path, mode, compression):
+    inks = Image.fromarray(OTHER).convert(mode)
+    inks.save(tmp_path/"a.tif", tiffinfo={274: 6}, compression=compression)
+    try: got = read_rgb(tmp_path/"a.tif")
+    except BadInput as e: assert compression == "raw" and "stored turned" in str(e)
+    else: assert np.abs(got.astype(int) - np.rot90(np.array(inks.convert("RGB")), -1)).max() <= 1

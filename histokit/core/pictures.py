@@ -61,8 +61,9 @@ def _opened(path, why=""):
         what = f"cannot be read as a picture ({one_line(e)})"
         raise BadInput(f"{path} {what}; {why or 'copy or download it again'}") from None
 
-# %% ../../nbs/core/pictures.ipynb #de7d4592
-_WHOLE = 2**28      # pixels of a TIFF that is read whole where windows cannot be had: 0.8 GB of RGB
+# %% ../../nbs/core/pictures.ipynb #621e17af
+_SIDEWAYS = range(2, 9)   # orientations of tag 274 that are not upright
+_WHOLE = 2**28            # pixels of a TIFF that is read whole where windows cannot be had: 0.8 GB of RGB
 
 def _optional(package):
     "A package that need not be installed, or None."
@@ -83,24 +84,38 @@ def _grey_of_16_bits(im):
 
 def _pixels(im):
     "A picture of Pillow as an array: grey, RGB or RGBA of 8 bits, grey of 16 bits, or floats."
-    if im.mode.startswith("I;16") or im.mode == "I" and im.format == "PNG": return _grey_of_16_bits(im)
+    if im.mode.startswith("I;16") or im.mode == "I" and im.format in ("PNG", "PPM"): return _grey_of_16_bits(im)
     if im.mode == "La": im = im.convert("LA")
     if "transparency" in im.info or im.mode in ("RGBA", "LA", "PA", "RGBa"): return np.array(im.convert("RGBA"))
     return np.array(im if im.mode in ("RGB", "L", "I", "F") else im.convert("RGB"))
 
+def _bits_of_jpeg2000(path):
+    "Bits a channel of a JPEG 2000 picture, as its marker SIZ has them; 0 where none is found."
+    with open(path, "rb") as f: start = f.read(1 << 16)
+    at = start.find(b"\xff\x4f\xff\x51")
+    return (start[at + 42] & 127) + 1 if 0 <= at < len(start) - 42 else 0
+
+def _brightest(pixels, format_):
+    "The largest of 16 bits of which the upper byte is left: cut off in PNG, rounded in other formats."
+    high = float(pixels[..., :3].max())
+    return high * 256 + 255 if format_ == "PNG" else max(high * 257 - 128, 0)
+
 def _is_halved(path, im):
     "Whether Pillow will keep the upper byte of 16 only; `BadInput` where that cannot be judged."
     raw = str(im.tile[0][3]) if im.tile else ""
-    if "16" not in raw or im.mode.startswith("I"): return False
-    if im.format == "PNG" and "transparency" not in im.info: return True
+    deep = _bits_of_jpeg2000(path) == 16 if im.format == "JPEG2000" else "16" in raw or "65535" in raw
+    if not deep or im.mode.startswith("I"): return False
+    if im.format in ("PNG", "PPM", "JPEG2000") and "transparency" not in im.info: return True
     mend = "pip install tifffile" if im.format == "TIFF" else "save it in 8 bits, or with an alpha channel"
     raise BadInput(f"{path} has colours of 16 bits, which are not read here; {mend}")
 
-def _check_signs(path, im):
-    "`BadInput` for a TIFF whose values have a sign, of which Pillow knows nothing."
-    formats = im.tag_v2.get(339, 1) if im.format == "TIFF" else 1
-    if 2 not in np.ravel(formats): return
-    raise BadInput(f"{path} holds integers with a sign; save it as uint8, uint16, or float in 0-1")
+def _check_tiff(path, im):
+    "`BadInput` for a TIFF that Pillow reads wrongly: values with a sign, and some that are stored turned."
+    tags = im.tag_v2 if im.format == "TIFF" else {}
+    if 2 in np.ravel(tags.get(339, 1)):
+        raise BadInput(f"{path} holds integers with a sign; save it as uint8, uint16, or float in 0-1")
+    turned = tags.get(274, 1) in _SIDEWAYS and tags.get(259, 1) == 1 and im.mode != "RGB"
+    if turned: raise BadInput(f"{path} is stored turned and plain, which is not read here; save it upright, as RGB")
 
 def _stored_turn(im):
     "The orientation that a loaded picture still has to be turned by, and what to say of it."
@@ -119,7 +134,7 @@ def _read_whole(path, why="", limit=None, least=0):
     "All pixels as a `Picture`, upright, by Pillow; `why` there are no windows, a limit; a JPEG at `least` this size."
     with _opened(path, why) as im:
         _check_single(path, im, why)
-        _check_signs(path, im)
+        _check_tiff(path, im)
         if limit and im.width * im.height > limit:
             reason = why or f"at most {limit:,} pixels are read here; save it smaller"
             raise BadInput(f"{path} is too large to be read whole ({im.width} x {im.height} pixels), and {reason}")
@@ -128,7 +143,7 @@ def _read_whole(path, why="", limit=None, least=0):
         im.load()
         if im.mode == "CMYK": notes += ("its four inks were turned into RGB by the plain rule",)
         (turn, said), pixels = _stored_turn(im), _pixels(im)
-    if halved and (trouble := range_trouble(0, pixels[..., :3].max() * 256. + 255, np.uint16)):
+    if halved and (trouble := range_trouble(0, _brightest(pixels, im.format), np.uint16)):
         raise BadInput(f"{path} {'; '.join(trouble)}")
     if halved: notes += ("of its 16 bits the upper 8 were read",)
     return upright(as_picture(pixels, notes=notes + said), turn)

@@ -16,7 +16,7 @@ from histokit.core.checks import error, note, warning
 from histokit.core.runs import RunFolder
 from histokit.learn.ladder import show_ladder
 from histokit.learn.trainer import show_history
-from histokit.spots.answers import answer_test, open_answers, out_of_fold, show_steps
+from histokit.spots.answers import answer_test, open_answers, out_of_fold, show_costs, show_steps
 from histokit.spots.cache import SlideCache
 from histokit.spots.check_patches import show_checks
 from histokit.spots.contributions import contributions, show_contributions, show_swaps, swaps
@@ -107,7 +107,8 @@ def training_figures(run, data_path, tmp_path):
 def prediction_figures(run, data_path, tmp_path):
     folds = open_answers(run, data_path, PredictionSettings(views="none", smoothing="1"))
     widths = dict.fromkeys(folds.extras, 1.)
-    return dict(maps=show_steps(folds, out_of_fold(folds, widths), answer_test(folds, widths)))
+    rungs = out_of_fold(folds, widths)
+    return dict(maps=show_steps(folds, rungs, answer_test(folds, widths)), **show_costs(folds, rungs))
 
 
 def check_figures(run, data_path, tmp_path):

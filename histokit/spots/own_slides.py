@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ImportSettings', 'Imported', 'import_visium', 'show_import']
 
-# %% ../../nbs/spots/own_slides.ipynb #fcc2d5d5
-import re, shutil
+# %% ../../nbs/spots/own_slides.ipynb #67d30971
+import re, shutil, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +92,15 @@ def _align_types(
     near = did_you_mean(missing[0], extra) if missing and extra else ""
     raise BadInput(f"{where}: {what}{near}; cell types are matched by name and must be the same on all slides")
 
-# %% ../../nbs/spots/own_slides.ipynb #14317a25
+# %% ../../nbs/spots/own_slides.ipynb #ae586871
+def _one_form(name): return unicodedata.normalize("NFC", name).casefold()
+
+def _check_name(name):
+    "`BadInput` for a name that could not stand in the file, or name files of its own."
+    if re.fullmatch(r"(?![.-])[\w.-]{1,100}", unicodedata.normalize("NFC", name)): return
+    mend = "use up to 100 letters of any script, digits, '_', '-' and '.', with neither '-' nor '.' first"
+    raise BadInput(f"'{name[:40]}' cannot name a slide; {mend}")
+
 def _free_name(
     h5,              # open file
     name: str = "",  # the one wanted; "" takes the next S_1, S_2, …
@@ -100,10 +108,11 @@ def _free_name(
     "A slide's name that is not taken."
     taken = {s for top in ("images", "spots") for p in SPLITS for s in h5.get(f"{top}/{p}", {})}
     if not name: return next(n for i in range(1, len(taken) + 2) if (n := f"S_{i}") not in taken)
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise BadInput(f"'{name}' cannot name a slide; use letters, digits, '_', '-' and '.'")
-    if name in taken: raise BadInput(f"the file already has a slide {name}; choose another name")
-    return name
+    _check_name(name)
+    same = next((t for t in taken if _one_form(t) == _one_form(name)), None)
+    if same is None: return name
+    also = f"{same}, which differs from {name} in case or in the form of its accents only" if same != name else name
+    raise BadInput(f"the file already has a slide {also}; choose another name")
 
 # %% ../../nbs/spots/own_slides.ipynb #34f099ef
 def _check_spacing(at, pitch, shape, where):

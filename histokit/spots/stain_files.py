@@ -6,7 +6,8 @@
 __all__ = ['normalise_dataset', 'fit_reference', 'normalise_file', 'stain_picture', 'stain_folder', 'stain_image_file',
            'compare_slides', 'summarise_slides', 'plot_slides', 'plot_stain_change', 'normalise_slides', 'write_stain']
 
-# %% ../../nbs/spots/stain_files.ipynb #0314362d
+# %% ../../nbs/spots/stain_files.ipynb #e4a7866c
+import unicodedata
 from pathlib import Path
 
 import h5py
@@ -18,7 +19,7 @@ from ..core.pictures import open_picture, picture_format, write_picture
 from ..core.pixels import as_rgb, check_range, tiles
 from ..core.progress import track
 from ..core.runs import RunFolder
-from ..core.text import BadInput, choose, did_you_mean
+from ..core.text import BadInput, choose, did_you_mean, say_once, some_of
 from .layout import slide_paths
 from .settings import StainSettings
 from .slides import DataFactory
@@ -140,7 +141,7 @@ def stain_picture(
         write_picture(path_out, picture.map(lambda part: normaliser.transform(part, report)), tile)
     return report | (dict(notes=list(picture.notes)) if picture.notes else {})
 
-# %% ../../nbs/spots/stain_files.ipynb #652bbd36
+# %% ../../nbs/spots/stain_files.ipynb #73e65db9
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs")
 _OTHERS = (".webp", ".bmp", ".gif", ".jp2", ".ndpi", ".scn", ".mrxs", ".czi", ".vsi", ".bif")      # left, and said
 
@@ -150,6 +151,21 @@ def _stain_or_report(normaliser, path, path_out, tile):
     "The report of a picture, also where it cannot be read."
     try: return dict(written=True) | stain_picture(normaliser, path, path_out, tile)
     except BadInput as e: return dict(written=False, ok=False, done=False, reason=str(e))
+
+def _say_unseen(folder, pictures):
+    "Say which folders in a folder, and which pictures whose name begins with a point, are not looked at."
+    unseen = [f"{p.name}/" for p in sorted(Path(folder).iterdir()) if p.is_dir() and p not in pictures]
+    unseen += [p.name for p in pictures if p.name.startswith(".")]
+    if not unseen: return
+    say_once(f"{folder}: left out: {some_of(unseen, 8)} (folders, and names that begin with a point)")
+
+def _check_different(names):
+    "`BadInput` where two pictures would be written to one file, also where case does not count."
+    places = {}
+    for path, name in names.items():
+        places.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(path.name)
+    twice = next((found for found in places.values() if len(found) > 1), None)
+    if twice: raise BadInput(f"{' and '.join(twice)} would be written to one file; rename one of them")
 
 def stain_folder(
     normaliser,   # a fitted StainNormalizer
@@ -167,6 +183,8 @@ def stain_folder(
     others = sorted(p.name for p in Path(folder_in).iterdir() if p.suffix.lower() in _OTHERS)
     left = {name: dict(written=False, ok=False, done=False, reason=_NOT_FROM_FOLDERS) for name in others}
     names = {p: p.name + ".tif" * (p.suffix.lower() == ".svs") for p in paths}
+    _check_different(names)
+    _say_unseen(folder_in, found)
     done = track(names.items(), "pictures normalised")
     return {p.name: _stain_or_report(normaliser, p, out/name, tile) for p, name in done} | left
 

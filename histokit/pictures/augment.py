@@ -74,7 +74,7 @@ def _sampling_grid(turn, mirror, place, size):
     grid = torch.view_as_real(x + y)
     return grid if height == width else grid * grid.new_tensor([1, width / height])
 
-# %% ../../nbs/pictures/augment.ipynb #be8b0043
+# %% ../../nbs/pictures/augment.ipynb #b235fa1d
 def _bright_and_stretch(settings, drawn):
     "How much brighter, and how much further from the mean, each picture becomes: (B,) each."
     v = dict(zip(_DRAWS, 2 * drawn.T - 1))
@@ -89,7 +89,9 @@ def _gain_and_offset(settings, drawn, mean):
 
 def _is_grey(images):
     "Whether all three channels are the same."
-    return images.shape[1] == 3 and bool((images[:, 0] == images[:, 1]).all() and (images[:, 0] == images[:, 2]).all())
+    if images.shape[1] != 3: return False
+    red, green, blue = images.unbind(1)
+    return torch.equal(red, green) and torch.equal(red, blue)
 
 # %% ../../nbs/pictures/augment.ipynb #d6574c68
 _AT_ONCE = 2**18          # pixels on a CPU; a GPU takes the whole batch
@@ -117,7 +119,7 @@ def _by_tensors(images, settings, drawn):
         out[a:a + step] = _changed(images[a:a + step], settings, drawn[a:a + step])
     return out
 
-# %% ../../nbs/pictures/augment.ipynb #5f4222f3
+# %% ../../nbs/pictures/augment.ipynb #de4c4116
 def _span(start, step, size, n):
     "Which of n places start + k * step lie in [-1, size): from, to."
     if step == 0:
@@ -125,6 +127,10 @@ def _span(start, step, size, n):
     low, high = (-1 - start) / step, (size - start) / step
     if step > 0: return max(0, int(np.ceil(low))), min(n, int(np.ceil(high)))
     return max(0, int(np.floor(high)) + 1), min(n, int(np.floor(low)) + 1)
+
+def _between(values, at, share):
+    "256 times what lies between two neighbours, at so many 256ths of the way."
+    return np.int32(values[at]) * (256 - share) + np.int32(values[at + 1]) * share
 
 def _line(padded, width, x, y, across, down, first, last, table, out):
     "A row of the result from a picture with a black frame, bilinear, in 65536ths of a pixel."
@@ -134,8 +140,7 @@ def _line(padded, width, x, y, across, down, first, last, table, out):
     for k in range(first, last):
         fx, fy = (sx >> 8) & 255, (sy >> 8) & 255
         at = (sy >> 16) * width + (sx >> 16)
-        upper = np.int32(padded[at]) * (256 - fx) + np.int32(padded[at + 1]) * fx
-        lower = np.int32(padded[at + width]) * (256 - fx) + np.int32(padded[at + width + 1]) * fx
+        upper, lower = _between(padded, at, fx), _between(padded, at + width, fx)
         out[k] = table[(upper * (256 - fy) + lower * fy + 32768) >> 16]
         sx, sy = np.int32(sx + dx), np.int32(sy + dy)
 
@@ -156,10 +161,11 @@ def _warp(images, places, bright, stretch, out):
                 x, y = x0 + b * r, y0 + e * r
                 f1, l1 = _span(x, a, width, width)
                 f2, l2 = _span(y, d, height, width)
-                _line(flat, width + 3, x, y, a, d, max(f1, f2), min(l1, l2), table, out[i, c, r])
+                first, last = max(f1, f2), min(l1, l2)
+                _line(flat, width + 3, x, y, a, d, first, last, table, out[i, c, r])
 
 @lru_cache
-def _compiled(): return compile_chain(_span, _line, _warp, instead="torch")
+def _compiled(): return compile_chain(_span, _between, _line, _warp, instead="torch")
 
 def _by_numbers(images, settings, drawn):
     "All pictures changed in whole numbers, on the CPU, black beyond the edge."
@@ -167,7 +173,8 @@ def _by_numbers(images, settings, drawn):
     height, width = images.shape[2:]
     turn, mirror, place = _affine(settings, drawn)
     across, down = turn * mirror, turn * 1j
-    start = across * (1 / width - 1) + down * (1 / height - 1) * height / width + place
+    first = across * (1 / width - 1), down * (1 / height - 1) * height / width
+    start = sum(first) + place
     x0, y0 = (start.real + 1) * width / 2 - .5, start.imag * width / 2 + height / 2 - .5
     places = np.stack([across.real, across.imag, down.real, down.imag, x0, y0], 1)
     out = np.empty_like(images)

@@ -7,7 +7,7 @@ __all__ = ['GIVEN_AWAY', 'HINTED', 'FEW_CASES', 'PICTURE_CHECKS', 'check_files',
            'name_parts', 'giveaways', 'check_giveaways', 'class_counts', 'check_classes', 'check_looks', 'check_sites',
            'check_pictures']
 
-# %% ../../nbs/pictures/check_pictures.ipynb #c47608de
+# %% ../../nbs/pictures/check_pictures.ipynb #c91846ac
 import re
 
 import numpy as np
@@ -16,12 +16,12 @@ import pandas as pd
 from ..core.checks import error, note, warning
 from ..core.splits import check_folds
 from ..core.text import BadInput, some_of
-from .baselines import label_in_other_words, logistic_out_of_fold, metadata_columns, metadata_features
+from .baselines import logistic_out_of_fold, metadata_columns, metadata_features
 from .operating_points import picture_auc
 from .prepared import PreparedPictures
 from .shortcuts import border_features, size_features
 
-# %% ../../nbs/pictures/check_pictures.ipynb #afe3ab1b
+# %% ../../nbs/pictures/check_pictures.ipynb #b62315fd
 def check_files(
     prepared: PreparedPictures,
 )->list:
@@ -29,7 +29,7 @@ def check_files(
     found, out = prepared.facts["left_out"], []
     damaged = prepared.items.file[prepared.items.damaged].tolist()
     reasons = pd.Series({row["file"]: row["why"] for row in found if row["file"] not in damaged}, dtype=str)
-    for why, files in reasons.groupby(reasons.str.replace(r"^\S+ ", "", regex=True)):
+    for _, files in reasons.groupby(reasons.str.replace(r"^\S+ ", "", regex=True)):
         out.append(warning(f"{len(files)} left out: {files.iloc[0]}", "mend or drop them", some_of(files.index)))
     if damaged:
         what = f"{len(damaged)} test pictures cannot be read ({some_of(damaged)}), and a black one stands for each"
@@ -171,7 +171,7 @@ def check_classes(
             out.append(warning(f"class {name} has {k / n:.0%} of the pictures", mend))
     return out
 
-# %% ../../nbs/pictures/check_pictures.ipynb #18b159c5
+# %% ../../nbs/pictures/check_pictures.ipynb #eaa07cf1
 def check_looks(
     prepared: PreparedPictures,
 )->list:
@@ -180,7 +180,7 @@ def check_looks(
     if flat := [f for f in prepared.facts["flat"] if f in set(items.file)]:
         out.append(warning(f"{len(flat)} pictures have one colour only", "look at them, and drop them", some_of(flat)))
     short = items[["width", "height"]].min(axis=1)
-    if short.median() < px / 2:
+    if short.median() < .75 * px:
         what = f"half of the pictures are smaller than {short.median():.0f} px, and are enlarged to {px}"
         out.append(note(what, f"input_px={int(short.median())} shows as much, and is faster"))
     shape = items.width / items.height

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_COLUMNS', 'RESERVED_COLUMNS', 'PictureTable', 'folder_split', 'name_column', 'find_pictures']
 
-# %% ../../nbs/pictures/folders.ipynb #d9dafa98
+# %% ../../nbs/pictures/folders.ipynb #f8b88f5d
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import re
@@ -15,10 +15,10 @@ import pandas as pd
 
 from ..core.submission import AnswerForm, form_of_template
 from ..core.table import read_text_table
-from ..core.text import BadInput, choose, did_you_mean, some_of
-from .labels import Labels, parse_labels
+from ..core.text import BadInput, did_you_mean, some_of
+from .labels import parse_labels
 from .naming import (
-    PictureNames, guess_pattern, list_pictures, parts_of_names, plain_name, without_suffix)
+    PictureNames, guess_pattern, list_pictures, parts_of_names, composed_name, without_suffix)
 from .settings import PictureSettings
 
 # %% ../../nbs/pictures/folders.ipynb #d5726d03
@@ -164,7 +164,7 @@ def _labels_file(root, asked):
 def _metadata_file(root): return next((p for p in _tables(root) if _is_metadata(p)), None)
 def _template_file(root): return next((p for p in _tables(root) if _is_template(p)), None)
 
-# %% ../../nbs/pictures/folders.ipynb #e3e70461
+# %% ../../nbs/pictures/folders.ipynb #6ba46afb
 @dataclass
 class _Found:
     "What a layout gave: pictures to learn from with their labels as text, pictures to answer."
@@ -222,7 +222,7 @@ def _rows_of_pictures(table, files, settings, where):
 def _ids_of(table, column, asked, where):
     "The id of each row, and the name of their column: of paths, the files' names where these differ."
     if asked: return table[_column(table, asked, "the ids", where)].to_numpy(), asked
-    ids = table[column].map(plain_name)
+    ids = table[column].map(composed_name)
     if not ids.str.contains("/").any(): return table[column].to_numpy(), column
     names = ids.str.rpartition("/")[2]
     return (names if names.is_unique else ids).to_numpy(), "id"

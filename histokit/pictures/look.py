@@ -6,7 +6,7 @@
 __all__ = ['rows_of_class', 'show_samples', 'share_tables', 'show_classes', 'show_pairs', 'draw_pictures', 'pictures_page',
            'write_checks']
 
-# %% ../../nbs/pictures/look.ipynb #09bce04e
+# %% ../../nbs/pictures/look.ipynb #295ed438
 import numpy as np
 import pandas as pd
 
@@ -14,10 +14,8 @@ from ..core.checks import html_findings
 from ..core.files import write_text
 from ..core.page import Html, escaped, html_figure, page
 from ..core.runs import RunFolder
-from .check_pictures import check_pictures, class_counts
-from .folders import find_pictures
-from .prepared import PreparedPictures, prepare_pictures
-from .settings import PictureSettings
+from .check_pictures import check_pictures
+from .prepared import PreparedPictures
 
 # %% ../../nbs/pictures/look.ipynb #acb68565
 def rows_of_class(
@@ -51,7 +49,7 @@ def show_samples(
         for i, (ax, row) in enumerate(zip(axes[k], rows)): _tile(ax, prepared.pixels[row], "" if i else name)
     return fig
 
-# %% ../../nbs/pictures/look.ipynb #c16be045
+# %% ../../nbs/pictures/look.ipynb #ce29b27d
 def _bars(ax, table, title):
     "A bar for each row of a table of counts, its columns stacked."
     left = np.zeros(len(table))
@@ -72,7 +70,8 @@ def share_tables(
     for k in range(len(prepared.classes)): has[:, k] = np.isin(prepared.train, rows_of_class(prepared, k))
     table = pd.DataFrame(has, columns=list(prepared.classes))
     out = dict(folds=table.groupby(fold).sum())
-    if rows.site.ne("").any(): out["sites"] = table.groupby(rows.site.replace("", "unknown").to_numpy()).sum()
+    site = rows.site.replace("", "unknown").to_numpy()
+    if (site != "unknown").any(): out["sites"] = table.groupby(site).sum()
     largest = {name: counts.sum(axis=1).nlargest(most).index for name, counts in out.items()}
     return {name: counts.loc[largest[name]].sort_index() for name, counts in out.items()}
 

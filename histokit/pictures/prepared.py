@@ -6,7 +6,7 @@
 __all__ = ['LARGEST_PICTURE', 'SMALLEST_SIDE', 'Square', 'read_square', 'decode_pictures', 'prepare_pictures', 'check_enough',
            'PreparedPictures', 'open_pictures', 'PictureDataset']
 
-# %% ../../nbs/pictures/prepared.ipynb #b630764b
+# %% ../../nbs/pictures/prepared.ipynb #4678162f
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +22,11 @@ from ..core.pictures import picture_size, read_stored
 from ..core.pixels import as_rgb
 from ..core.runs import RunFolder
 from ..core.submission import AnswerForm
-from ..core.text import BadInput, some_of
+from ..core.text import BadInput
 from ..learn.batches import BatchDataset
 from .augment import augment_pictures
 from .duplicates import grey_thumbnail, joined_groups, near_pairs
-from .folders import PictureTable, find_pictures
+from .folders import PictureTable
 from .folds import deal_pictures
 from .settings import PictureSettings
 

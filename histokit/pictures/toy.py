@@ -87,7 +87,7 @@ def toy_people(
         people[f"severity_{side}"] = np.where(other, _NOTHING, severity)
     return people
 
-# %% ../../nbs/pictures/toy.ipynb #dc8d3e1f
+# %% ../../nbs/pictures/toy.ipynb #42261f81
 def _ellipse(u, v, x, y, rx, ry, soft=12.):
     "A soft disc: 1 inside, 0 outside."
     inside = 1 - np.hypot((u - x) / rx, (v - y) / ry)
@@ -97,7 +97,8 @@ def _places(people, px, rng):
     "The grid of each picture, moved and scaled a little: (n, px, px) across and down."
     v, u = np.mgrid[-1:1:px * 1j, -1:1:px * 1j].astype(np.float32)
     body = dict(zip(people.patient.unique(), rng.uniform(.92, 1.08, people.patient.nunique())))
-    size = people.patient.map(body).to_numpy()[:, None, None] * rng.uniform(.97, 1.03, (len(people), 1, 1))
+    size = people.patient.map(body).to_numpy() * rng.uniform(.97, 1.03, len(people))
+    size = size[:, None, None]
     across, down = rng.uniform(-.06, .06, (2, len(people), 1, 1))
     return (u - across) / size, (v - down) / size
 

@@ -139,7 +139,7 @@ def _say(ax, title, what):
     ax.set_xlabel(what, fontsize=8)
     ax.tick_params(axis="x", labelsize=8)
 
-# %% ../../nbs/spots/maps.ipynb #2d0ece15
+# %% ../../nbs/spots/maps.ipynb #78235d15
 def show_maps(
     factory,                # DataFactory
     spots,                  # table with slide, x, y of one or more slides
@@ -158,7 +158,8 @@ def show_maps(
         each = {title: np.asarray(values, float)[here] for title, values in maps.items()}
         drawn = _draw_row(row, factory, slide, spots.loc[here, ["x", "y"]].to_numpy(float), each, together)
         if label: continue
-        for ax, own in zip(row, drawn): _colour_bar(fig, own, ax)
+        for ax, own in zip(row, drawn):
+            if len(own.get_offsets()): _colour_bar(fig, own, ax)
     for ax, title in zip(axes[0], maps): ax.set_title(title, fontsize=8)
     if label: _colour_bar(fig, drawn[0], axes, label)
     return fig

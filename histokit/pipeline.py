@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_r
            'data_fingerprint', 'first_key', 'Progress', 'check_asked', 'prepare_asked', 'run_pipeline', 'run_report',
            'demo_run']
 
-# %% ../nbs/06_pipeline.ipynb #06a39f07
+# %% ../nbs/06_pipeline.ipynb #c7b1e948
 import contextlib, importlib, os, re, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +19,7 @@ from .core.checks import Finding, worst_first
 from .core.files import atomic, cache_dir, file_fingerprint, sha256_of
 from .core.notebooks import read_cells, run_notebook, stage_parameters
 from .core.processes import call_ready, start_ready
-from .core.progress import Screen, duration
+from .core.progress import Heartbeat, Screen, duration
 from .core.runs import (RunFolder, StageBook, assets, earlier_seconds, package_fingerprint, provenance,
     remove_unfinished, run_lock)
 from .core.stop import at_stop
@@ -59,7 +59,8 @@ TASKS = {t.name: t for t in [
         Stage("05_debug_checks", reports=True))),
     Task("images", "the class, or the labels, of each picture of a folder", module="histokit.pictures.task", stages=(
         Stage("10_images", "histokit.pictures.settings:PictureSettings"),
-        Stage("11_classify", "histokit.pictures.classify_settings:ClassifySettings"))),
+        Stage("11_classify", "histokit.pictures.classify_settings:ClassifySettings"),
+        Stage("12_explain", "histokit.pictures.explaining:ExplainSettings", reports=True))),
 ]}
 STAGES = TASKS["spots"].names()
 
@@ -245,7 +246,7 @@ def first_key(
     parts = [data, package_fingerprint(), *(file_fingerprint(f) for f in files if f and Path(f).is_file())]
     return sha256_of(*parts)
 
-# %% ../nbs/06_pipeline.ipynb #d8b416c1
+# %% ../nbs/06_pipeline.ipynb #b08e2521
 @dataclass
 class Progress:
     "How a run goes on: which stages, again or not, and who is told."
@@ -285,17 +286,21 @@ def run_pipeline(
     file = find_recipe(recipe)
     given = read_recipe(file)
     task, ask = recipe_task(given), absolute_paths(resolve(given, overrides))
-    call_ready("histokit.pipeline:check_asked", task.name, dict(ask))
-    run = RunFolder(Path(run_dir or ask.get("run_dir") or Path("runs")/file.stem).resolve())
     show = show if isinstance(show, Screen) else Screen(show)
+    _ask_beside(show, "check_asked", task.name, dict(ask))
+    run = RunFolder(Path(run_dir or ask.get("run_dir") or Path("runs")/file.stem).resolve())
     with run_lock(run.path), at_stop(lambda: remove_unfinished(run.path)):
         remove_unfinished(run.path)
-        ready, need = call_ready("histokit.pipeline:prepare_asked", task.name, dict(ask), str(run.path))
+        ready, need = _ask_beside(show, "prepare_asked", task.name, dict(ask), str(run.path))
         ask = Ask(ready)
         check_space(run.path, need)
         progress = Progress(tuple(stages or task.names()), force, show, earlier_seconds(run, file.stem))
         _run_stages(run, task, ask, progress, file.stem)
     return run.path
+
+def _ask_beside(show, function, *args):
+    "A function of this module in a process of its own; how long that takes is said."
+    with Heartbeat(show): return call_ready(f"histokit.pipeline:{function}", *args)
 
 def _run_stages(run, task, ask, progress, name):
     "The stages in order, and the book of the run around them."

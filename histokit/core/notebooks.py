@@ -173,7 +173,7 @@ def ready_kernel_manager():          # a class for nbclient's `kernel_manager_cl
 
     return ReadyKernelManager
 
-# %% ../../nbs/core/notebooks.ipynb #bc4eb370
+# %% ../../nbs/core/notebooks.ipynb #bdf67ba4
 NEWS = re.compile(r"(fold|slide) \S+  |random split  ")     # how a line begins that is shown while a stage runs
 
 class _Echo:
@@ -261,15 +261,19 @@ def run_notebook(
     expected: float = 0,  # seconds that it took before; 0 = not known
 )->dict:                  # seconds and peak_mb
     "Execute a page's stage with parameters; `BadInput` when it stops on bad input, `RuntimeError` when it fails."
+    for name, value in KERNEL_ENVIRONMENT.items(): os.environ.setdefault(name, value)
+    start = time.time()
+    with Heartbeat(show, expected) as heart: peak = _run(notebook, Path(out), params, heart)
+    return dict(seconds=round(time.time() - start, 1), peak_mb=round(peak / 2**20))
+
+def _run(notebook, out, params, show):
+    "Execute a page's stage and keep the executed copy; returns the bytes of memory that it took."
     import papermill
     from nbclient.exceptions import DeadKernelError
-    for name, value in KERNEL_ENVIRONMENT.items(): os.environ.setdefault(name, value)
-    start, out = time.time(), Path(out)
     tmp = out.with_name(f".{out.stem}.tmp.ipynb")
     failed = out.with_name(f"{out.stem}.failed.ipynb")
     try:
-        with _PeakMemory() as memory, Heartbeat(show, expected) as heart:
-            _execute(notebook, tmp, params, out.parent, heart)
+        with _PeakMemory() as memory: _execute(notebook, tmp, params, out.parent, show)
         _keep(tmp, out)
         failed.unlink(missing_ok=True)
     except (papermill.PapermillExecutionError, DeadKernelError) as e:
@@ -278,4 +282,4 @@ def run_notebook(
         raise RuntimeError(f"{out.stem} failed ({_why(e)}); {failed} shows where") from None
     except OSError as e: raise write_error(out, e) from None
     finally: tmp.unlink(missing_ok=True)
-    return dict(seconds=round(time.time() - start, 1), peak_mb=round(memory.peak / 2**20))
+    return memory.peak

@@ -38,7 +38,7 @@ def _slide_row(view):
     return row | {"patient": None if patient == view.name else patient, "on tissue": _percent(view.share),
         "rows read": None if view.pixels is None else _percent(view.pixels.share)}
 
-# %% ../../nbs/spots/check_page.ipynb #f9a0fedd
+# %% ../../nbs/spots/check_page.ipynb #2717c8c3
 def _drawable(view, most):
     "(n, 2) positions of at most about `most` spots, those that can be drawn."
     if view.table is None: return np.empty((0, 2))
@@ -61,7 +61,8 @@ def _spot_picture(
     r = max(.275 * pitch / view.pixels.step * zoom, 2.5) if np.isfinite(pitch) else 2.5
     draw = ImageDraw.Draw(image)
     for x, y in (_drawable(view, most) / view.pixels.step + .5) * zoom:
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=(0, 90, 60), width=2)
+        for colour, width in ((20, 20, 20), 4), ((0, 235, 150), 2):         # seen on dark tissue and on glass
+            draw.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=width)
     return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.LANCZOS)
 
 # %% ../../nbs/spots/check_page.ipynb #b9124cbc

@@ -108,6 +108,14 @@ def test_folders_of_classes_without_a_split(toys, tmp_path):
     assert found.form is None and not len(found.test) and found.kind == "binary"
 
 
+def test_a_table_of_something_else_beside_folders_of_classes(toys, tmp_path):
+    folder = shutil.copytree(toys/"folders", tmp_path/"set")
+    (folder/"notes.csv").write_text("day,what\n1,copied\n2,counted\n")
+    assert find_pictures(folder).layout == find_pictures(toys/"folders").layout
+    (folder/"train_labels.csv").write_text("day,what\n1,copied\n2,counted\n")
+    fails("train_labels.csv: no column names a picture", folder)
+
+
 def test_an_archive_with_its_own_copy_inside_is_read_once(toys, tmp_path):
     shutil.copytree(toys/"folders", tmp_path/"set")
     shutil.copytree(toys/"folders", tmp_path/"set/chest_xray")

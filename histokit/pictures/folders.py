@@ -366,7 +366,7 @@ def _said(table, meaning, items, pattern, what):
     if guess: return parts_of_names(items.file, guess, what), f"{meaning}s from names ({guess})"
     return [""] * len(items), ""
 
-# %% ../../nbs/pictures/folders.ipynb #a14ee5e8
+# %% ../../nbs/pictures/folders.ipynb #9aabb1d0
 def _root(data_path):
     "The folder; `BadInput` where there is none."
     root = Path(data_path)
@@ -379,8 +379,12 @@ def _root(data_path):
 def _look(root, files, settings):
     "The layout of a folder."
     path = _labels_file(root, settings.labels_csv)
-    found = _from_table(path, files, settings) if path else _from_folders(files, settings)
-    if found: return found
+    if path:
+        try: return _from_table(path, files, settings)
+        except BadInput:                                  # a table of something else, beside folders of classes
+            other = not settings.labels_csv and not re.search("(?i)label|train", path.name)
+            if not other or _from_folders(files, settings) is None: raise
+    if found := _from_folders(files, settings): return found
     path = _metadata_file(root)
     if path: return _from_table(path, files, settings)
     mend = "add train_labels.csv with id,label, or put the pictures into a folder for each class"

@@ -105,8 +105,8 @@ def test_swapped_on_a_nearly_square_slide(tmp_path):
     assert not any("S_1" in str(f) or "S_3" in str(f) for f in findings)
 
 
-def test_one_slide_cannot_be_validated(tmp_path):
-    assert says(check_file(write(tmp_path/"a.h5", slides=2)), "none can be held out")
+def test_one_slide_is_divided_and_that_is_said(tmp_path):
+    assert says(check_file(write(tmp_path/"a.h5", slides=2)), "one training slide")
 
 
 def test_no_test_slide_and_unknown_scale(tmp_path):

@@ -54,7 +54,7 @@ def _same_pictures(
             if best > threshold: out.append((a, b, best))
     return out
 
-# %% ../../nbs/spots/check_file.ipynb #f0f96510
+# %% ../../nbs/spots/check_file.ipynb #ca362ca5
 def _scale_findings(info):
     "Slides (name -> SlideInfo) whose scale is unknown, or far from the others'."
     known = [s.um_per_px for s in info.values() if np.isfinite(s.um_per_px)]
@@ -98,16 +98,17 @@ def _turn_findings(positions):
     for n, direction in turn.items():
         if abs(np.angle(direction / usual)) > 2:
             yield warning("the rows of its lattice are turned by 30° against the other slides'",
-                "x and y may be swapped: x is the column, y the row", n)
+                "look at its spots on the picture: is the picture turned, or are this slide's x and y swapped?", n)
 
-# %% ../../nbs/spots/check_file.ipynb #9351e686
+# %% ../../nbs/spots/check_file.ipynb #22b6da3b
 def check_between_slides(
     factory,            # DataFactory
     summaries: dict,    # slide -> PixelSummary
 )->list:
     "Slides that repeat, contradict or leak into each other."
     out = [error(f"{a} and {b} are the same picture (correlation {r:.3f})",
-        "remove one: a picture on both sides of a split makes every score too good", "images")
+        "look at both; give copies, and sections of one block, the same attribute patient, so that no split parts "
+        "them; where one is a test slide, leave the other out of training", "images")
         for a, b, r in _same_pictures(summaries)]
     out += _scale_findings(factory.slides)
     for s in factory.slides.values(): out += _attribute_findings(s)
@@ -115,16 +116,19 @@ def check_between_slides(
     positions = {n: t[["x", "y"]].to_numpy() for n, t in factory.spots.groupby("slide", sort=False)}
     return out + [*_turn_findings(positions)]
 
-# %% ../../nbs/spots/check_file.ipynb #6f839a14
+# %% ../../nbs/spots/check_file.ipynb #f03f05c3
 def _size_findings(factory):
     "Slides with too few spots, and a file without a test slide."
     for s in factory.slides.values():
         if s.split == "Train" and s.n_spots < 8:
             yield error(f"holds {s.n_spots} spots only", "a training slide is divided into eight blocks to measure "
-                "how sure a score is: join it to another, or leave it out", s.name)
+                "how sure a score is: leave it out of training", s.name)
         elif s.split == "Train" and s.n_spots < 30:
             yield warning(f"holds {s.n_spots} spots only",
-                "a score on so few says little: keep the slide for training, or join it to another", s.name)
+                "a score on so few says little", s.name)
+    if len(factory.names("Train")) == 1:
+        yield warning("there is one training slide", "split=auto divides it into blocks with a buffer between, and "
+            "scores are then for this slide; for scores on new slides add one", "spots/Train")
     if not factory.names("Test"):
         yield warning("there is no test slide",
             "add slides under images/Test and spots/Test to get a submission", "spots")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rows_of_class', 'show_samples', 'share_tables', 'show_classes', 'show_pairs', 'draw_pictures', 'pictures_page',
-           'write_checks']
+           'write_picture_checks']
 
 # %% ../../nbs/pictures/look.ipynb #295ed438
 import numpy as np
@@ -123,7 +123,7 @@ def pictures_page(
     parts = [(part.capitalize(), html_findings(findings)) for part, findings in checks.items()]
     return page("Pictures", [("What it looks like", shown), *parts], Html(f"<p>{escaped(repr(prepared))}</p>"))
 
-def write_checks(
+def write_picture_checks(
     run: RunFolder,
     prepared: PreparedPictures, figures: dict,
 )->dict:                     # part -> findings

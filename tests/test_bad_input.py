@@ -18,7 +18,7 @@ import pytest
 from conftest import SMOKE
 from typer.testing import CliRunner
 
-from histokit.core.files import atomic, read_json, write_json, write_table
+from histokit.core.files import atomic, file_fingerprint, read_json, write_json, write_table
 from histokit.core.hdf5 import open_h5
 from histokit.core.pictures import read_picture, write_picture
 from histokit.core.text import BadInput
@@ -92,7 +92,7 @@ BAD = {
     "misspelt": (lambda h: edit(h, renamed("C2", "C_2")), "unknown column 'C_2'", "targets are named C1, C2"),
     "lower case": (lambda h: edit(h, lower), "unknown column 'c1'", "did you mean 'C1'"),
     "no x": (lambda h: edit(h, renamed("x", "col")), "no column 'x'", "columns are x, y, C1"),
-    "nan": (lambda h: edit(h, with_value("C3", 4, np.nan)), "C3 of row 4 is nan", "drop these rows or fill them"),
+    "nan": (lambda h: edit(h, with_value("C3", 4, np.nan)), "C3 of row 4 is nan", "leave these spots out of training"),
     "negative": (lambda h: edit(h, with_value("C3", 4, -.5)), "C3 of row 4 is -0.5", "cannot be negative"),
     "object": (as_text, "column C2 has type object", "write it as float64"),
     "outside": (lambda h: edit(h, with_value("x", 0, 5000)), "1 of .* spots lie outside", "another resolution"),
@@ -349,6 +349,7 @@ def test_the_reason_of_the_system_reaches_the_reader(toy, tmp_path, monkeypatch,
     monkeypatch.setattr("builtins.open", fail)
     monkeypatch.setattr("io.open", fail)
     assert words in said(read_picture, picture)
+    assert words in said(file_fingerprint, toy)
     assert words in said(read_json, tmp_path/"a.json")
 
 

@@ -505,7 +505,7 @@ def test_floats(tmp_path, type_):
     unit = (OTHER / 255).astype(type_)
     assert np.abs(read_rgb(save(tmp_path/"a.tif", unit)).astype(int) - OTHER).max() <= 1
     wrong = {"divide by 255 ": OTHER.astype(type_), "scaled to 0-1 twice": (OTHER / 255**2).astype(type_)}
-    wrong |= {"not finite": np.where(OTHER > 200, np.nan, unit).astype(type_), "scale them to 0-1": unit - type_(.5)}
+    wrong |= {"not finite": np.where(OTHER > 200, np.nan, unit).astype(type_), "scale them to 0-1": unit - type_(.9)}
     if type_ != np.float16: wrong["divide by 65535"] = of_bits(OTHER, 16).astype(type_)
     for words, image in wrong.items():
         with pytest.raises(BadInput, match=f"a.tif h.* {words}"): read_rgb(save(tmp_path/"a.tif", image))

@@ -236,7 +236,7 @@ def sha256_of(
         h.update(data)
     return h.hexdigest()
 
-# %% ../../nbs/core/files.ipynb #d2233382
+# %% ../../nbs/core/files.ipynb #aa7f764e
 def file_sha256(
     path,      # a file
 )->str:        # 64 hexadecimal digits
@@ -248,9 +248,10 @@ def file_fingerprint(
     whole: int = 256 << 20,   # up to this many bytes all of it is read; beyond, 64 pieces spread over it
 )->str:                       # 64 hexadecimal digits
     "A hash that changes when a file's content does; of a large file, its size, its time and 64 MB of it."
-    size = os.path.getsize(path)
+    try: size, file = os.path.getsize(path), open(path, "rb")
+    except OSError as e: raise read_error(path, e) or e from None
     h = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as f:
+    with file as f:
         if size <= whole:
             for piece in iter(lambda: f.read(1 << 22), b""): h.update(piece)
             return h.hexdigest()

@@ -13,15 +13,13 @@ import numpy as np
 
 from .text import BadInput
 
-# %% ../../nbs/core/pixels.ipynb #b11cc8a7
+# %% ../../nbs/core/pixels.ipynb #89ff11ee
 def _unit_range(image, where):
     "Floats in 0-1; `BadInput` where they are not finite, or leave the range by more than rounding."
     low, high = (float(image.min()), float(image.max())) if image.size else (0., 1.)
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise BadInput(f"{where} has values that are not finite; fill them with white (1.0)")
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise BadInput(f"{where} has floats from {low:.4g} to {high:.4g}; scale them to 0-1, or store uint8")
-    return np.clip(image, 0, 1)
+    if -1e-3 <= low and high <= 1 + 1e-3: return np.clip(image, 0, 1)
+    what, mend = _float_trouble(low, high)
+    raise BadInput(f"{where} {what}; {mend}")
 
 def as_uint8(
     image,                 # any shape: uint8, uint16, bool, or float in 0-1
@@ -34,18 +32,24 @@ def as_uint8(
     if image.dtype.kind == "f": return (_unit_range(image, where) * 255 + .5).astype(np.uint8)
     raise BadInput(f"{where} has type {image.dtype}; store it as uint8, uint16, or float in 0-1")
 
-# %% ../../nbs/core/pixels.ipynb #8b31631f
+# %% ../../nbs/core/pixels.ipynb #7513cb12
 def _float_trouble(low, high):
     "What is wrong with a picture of floats from low to high, and the mend; () where it is one in 0-1."
     if not (np.isfinite(low) and np.isfinite(high)):
         return "has values that are not finite", "fill them with white (1.0)"
     holds = f"holds floats from {low:.4g} to {high:.4g}"
-    if 1.001 < high <= 255.5 and low >= 0:
+    if (low < -1e-3 or high > 1.001) and -.3 <= low and high <= 1.3:
+        return f"{holds}, a little more than 0-1", "clip them to 0-1, as resizing overshoots; do not divide"
+    if 255.5 < high <= 330 and -75 <= low:
+        return f"{holds}, a little more than 0-255", "clip them to 0-255, then divide by 255"
+    if 20 < high <= 255.5 and low >= 0:
         return f"{holds}: a picture in 0-255 stored as float", "divide by 255 to scale them to 0-1, or store uint8"
     if 255.5 < high <= 65535.5 and low >= 0:
         return f"{holds}: a picture of 16 bits stored as float", "divide by 65535 to scale them to 0-1"
-    if low < -1e-3 or high > 1.001: return holds, "scale them to 0-1, or store uint8"
-    if 0 < high < .02: return f"holds floats up to {high:.4g} only: it was scaled to 0-1 twice", "multiply by 255"
+    if low < -1e-3 or high > 1.001: return holds, "undo what normalised it and scale them to 0-1, or store uint8"
+    if 0 < high < .02:
+        mend = "multiply by 255 if it was; look at the slide first"
+        return f"holds floats up to {high:.4g} only, as if scaled to 0-1 twice", mend
     return ()
 
 def _bits_of(high):

@@ -231,7 +231,7 @@ def lattice_turn(
     dx, dy = (xy[pairs[:, 1]] - xy[pairs[:, 0]]).T
     return float(np.degrees(np.angle(np.exp(6j * np.arctan2(dy, dx)).mean()) / 6))
 
-# %% ../../nbs/spots/check_slides.ipynb #8fb478b8
+# %% ../../nbs/spots/check_slides.ipynb #f1d2b433
 _NOT_TARGETS = ("x", "y", "ID", "Test_Set", "slide", "fold")
 
 def _type_errors(table, names):
@@ -246,10 +246,10 @@ def _type_errors(table, names):
 def _value_errors(values):
     "Values that cannot be learnt."
     if lost := (~np.isfinite(values)).any(1).sum():
-        yield error(f"{lost} rows hold values that are not finite", "drop them, or fill them")
+        yield error(f"{lost} rows hold values that are not finite", "leave these spots out of training")
     elif (high := values.max(initial=0)) > 1e30:
         yield error(f"values up to {high:.3g}, which single precision cannot hold",
-            "are they a code for missing values? Drop these rows or fill them")
+            "are they a code for missing values? Leave these spots out of training")
 
 def _column_warnings(names, values):
     "Columns that hold nothing, or too few of them."
@@ -263,7 +263,7 @@ def _column_warnings(names, values):
             "is the table complete? A target without values is learnt as last in every spot")
     if flat:
         yield warning(f"{len(flat)} targets are the same everywhere ({some_of(flat, 4)})",
-            "nothing can be learnt from them: drop them, or look at how they were made")
+            "nothing can be learnt from them: look at how they were made; an answer still needs their columns")
 
 def _row_warnings(values):
     "Spots without an order, and spots that repeat others."
@@ -290,7 +290,7 @@ def check_targets(
     if wrong := located(_value_errors(values), where): return wrong
     return located([*_column_warnings(names, values), *_row_warnings(values)], where)
 
-# %% ../../nbs/spots/check_slides.ipynb #1d3db022
+# %% ../../nbs/spots/check_slides.ipynb #e9fa3ccf
 def _zero_findings(values):
     "How much of a table (n, T) is zero or nearly so."
     zero, sparsest = (values == 0).mean(), (values == 0).mean(0).max()
@@ -309,7 +309,7 @@ def _unit_findings(total, slide):
     if len(median) > 1 and median.max() > 30 * median.min():
         low, high = (f"{median[n]:.3g} on {n}" for n in (median.idxmin(), median.idxmax()))
         yield warning(f"the targets of a spot sum to {low} and {high} (medians)",
-            "are these proportions here and abundances there? Bring them to one unit")
+            "are these proportions here and abundances there? Then export both alike; if not, leave them as they are")
 
 def check_sparsity(
     values,              # (n, T) targets, finite

@@ -126,7 +126,7 @@ def check_columns(
     _check_numbering(found, where)
     return found
 
-# %% ../../nbs/spots/layout.ipynb #ef2feb32
+# %% ../../nbs/spots/layout.ipynb #40caf124
 def check_spot_values(
     table,           # x, y and targets
     where: str,      # the dataset, for the message
@@ -138,14 +138,17 @@ def check_spot_values(
     if odd.any():
         row, col = np.argwhere(odd)[0]
         what = f"{table.columns[col]} of row {row} is {values[row, col]} ({odd.any(1).sum()} rows have such values)"
-        raise BadInput(f"{where}: {what}; drop these rows or fill them")
+        mend = "take the values from the table that they came from, or leave these spots out of training"
+        raise BadInput(f"{where}: {what}; {mend}, a value that is filled in is learnt as true")
     if negative.any():
         row, col = np.argwhere(negative)[0]
         what = f"{table.columns[col]} of row {row} is {values[row, col]:.4g}"
-        raise BadInput(f"{where}: {what}; abundances cannot be negative")
+        mend = "abundances cannot be negative: is it a scaled or logarithmic table? take the one before scaling"
+        raise BadInput(f"{where}: {what}; {mend}")
     if (twice := table.duplicated(["x", "y"])).any():
         first = np.flatnonzero(twice)[0]
-        raise BadInput(f"{where}: {twice.sum()} spot(s) given twice, first row {first}; keep one of each position")
+        mend = "keep one of each position if the rows are the same; else the positions are too coarse"
+        raise BadInput(f"{where}: {twice.sum()} spot(s) given twice, first row {first}; {mend}")
 
 def _column(rec, name, where):
     "One column of a record array as float64."

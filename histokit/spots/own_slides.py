@@ -30,7 +30,7 @@ from .slides import DataFactory, check_inside, on_tissue
 from .spaceranger import choose_image, physical_scale, read_outs, shrink_picture
 from .tables import Choice, as_proportions, lies_sideways, match_barcodes
 
-# %% ../../nbs/spots/own_slides.ipynb #0222bf5c
+# %% ../../nbs/spots/own_slides.ipynb #b4bb6435
 @dataclass(frozen=True)
 class ImportSettings:
     "How a slide is imported."
@@ -62,7 +62,7 @@ class ImportSettings:
     ):
         "Raise `BadInput` when the file may not be written, or a training slide has no targets."
         if Path(out).exists() and not (self.append or self.overwrite):
-            mend = "add this slide to it with append, replace it with overwrite, or choose another name"
+            mend = "add this slide to it with append, or choose another name; overwrite would replace all its slides"
             raise BadInput(f"{out} exists; {mend}")
         if targets is None and self.split == "Train":
             mend = "without one, import it as a test slide"

@@ -21,7 +21,7 @@ from .lattice import LATTICE_UM, measure_lattice
 from .layout import SPLITS, check_image, read_slide, read_spots, walk_slides
 from .splits import assign_folds
 
-# %% ../../nbs/spots/slides.ipynb #9e32cd56
+# %% ../../nbs/spots/slides.ipynb #a8f27146
 def check_inside(
     xy,               # (n, 2) x, y in pixels
     height: int,      # pixels
@@ -34,7 +34,10 @@ def check_inside(
     out = outside(xy)
     if not out.any(): return
     mend = "are the coordinates of another resolution?"
+    beyond = float(np.maximum(-xy, xy - [width - 1, height - 1]).max())
     if not outside(xy[:, ::-1]).any(): mend = "x and y look swapped (x is the column, y the row)"
+    if out.mean() < .1 and beyond <= 3:
+        mend = f"by {beyond:.3g} px at most: are positions counted from 1, or rounded up? change these spots only"
     what = f"{out.sum()} of {len(xy)} spots lie outside the {width} x {height} (width x height) picture"
     raise BadInput(f"{where}: {what}, first row {np.flatnonzero(out)[0]}; {mend}")
 

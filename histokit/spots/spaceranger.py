@@ -232,7 +232,7 @@ def read_outs(
     positions = next(folder/n for n in POSITION_FILES if (folder/n).is_file())
     return RawSlide(str(outs), read_positions(positions), factors, found, {})
 
-# %% ../../nbs/spots/spaceranger.ipynb #cd9779e2
+# %% ../../nbs/spots/spaceranger.ipynb #ce8d86da
 def _factor(source, kind):
     "Pixels of a stored copy (hires, lowres) for each full-resolution pixel."
     value = source.factors.get(f"tissue_{kind}_scalef")
@@ -248,6 +248,8 @@ def _check_full_size(source, size, scale, where):
     ratio = np.array(size) / full
     if (np.abs(ratio / scale - 1) <= .01).all(): return
     mend = f"it is a copy of {ratio.mean():.4g} times the size: give scale={ratio.mean():.4g}"
+    if np.abs(ratio / scale - 1).max() < .1:
+        mend = "it was cropped, padded or resized a little: give the one that Space Ranger was given"
     if abs(ratio[0] / ratio[1] - 1) >= .01:
         mend = "it is another picture, or turned: give the one that Space Ranger was given"
     due = f"the positions were measured on a picture of about {full[0]:.0f} x {full[1]:.0f}"

@@ -13,13 +13,15 @@ import numpy as np
 
 from .text import BadInput
 
-# %% ../../nbs/core/pixels.ipynb #89ff11ee
+# %% ../../nbs/core/pixels.ipynb #72acd225
 def _unit_range(image, where):
     "Floats in 0-1; `BadInput` where they are not finite, or leave the range by more than rounding."
     low, high = (float(image.min()), float(image.max())) if image.size else (0., 1.)
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise BadInput(f"{where} has values that are not finite; fill them with white (1.0)")
     if -1e-3 <= low and high <= 1 + 1e-3: return np.clip(image, 0, 1)
-    what, mend = _float_trouble(low, high)
-    raise BadInput(f"{where} {what}; {mend}")
+    mend = "scale them to 0-1, or clip what leaves it a little; or store uint8"
+    raise BadInput(f"{where} has floats from {low:.4g} to {high:.4g}; {mend}")
 
 def as_uint8(
     image,                 # any shape: uint8, uint16, bool, or float in 0-1

@@ -6,7 +6,8 @@
 __all__ = ['judged_cases', 'show_training', 'confusion_counts', 'show_confusion', 'show_roc', 'show_precision_recall',
            'show_calibration', 'Shots', 'show_cases', 'pick_samples', 'pick_failures']
 
-# %% ../../nbs/pictures/classifier_figures.ipynb #64508744
+# %% ../../nbs/pictures/classifier_figures.ipynb #8580587f
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +87,7 @@ def _draw_measure(ax, histories, column, kept):
     ax.set_xlabel("epoch", fontsize=9)
     ax.tick_params(labelsize=8)
 
-# %% ../../nbs/pictures/classifier_figures.ipynb #1238891c
+# %% ../../nbs/pictures/classifier_figures.ipynb #e07c0d09
 def _draw_confusion(ax, table, names, title, share):
     "One matrix with a number in each field."
     shown = table / table.sum(1, keepdims=True).clip(1) if share else table
@@ -95,9 +96,9 @@ def _draw_confusion(ax, table, names, title, share):
         dark = table[i, j] > .5 * table[i].sum()
         text = f"{value:.0%}" if share else f"{value:.0f}"
         ax.text(j, i, text, ha="center", va="center", color="w" if dark else "k", fontsize=10 if len(names) < 7 else 8)
-    short = max(map(len, names)) * len(names) < 32
-    ax.set_xticks(range(len(names)), names, fontsize=9, **({} if short else dict(rotation=35, ha="right")))
-    ax.set_yticks(range(len(names)), names, fontsize=9)
+    shown = [textwrap.fill(name, 12) for name in names]
+    ax.set_xticks(range(len(names)), shown, fontsize=9, rotation=0 if len(names) < 4 else 90)
+    ax.set_yticks(range(len(names)), shown, fontsize=9)
     ax.set_title(title, fontsize=10)
 
 def confusion_counts(

@@ -125,7 +125,7 @@ def explained_run(
         run_classification(run, data, SMALL_CLASSIFIER, say=lambda line: None)
     return open_answers(run)
 
-# %% ../../nbs/pictures/explaining.ipynb #8361145b
+# %% ../../nbs/pictures/explaining.ipynb #312ac934
 @dataclass
 class CaseMaps:
     "Maps of cases, and what is to be said of them."
@@ -174,8 +174,8 @@ def _about_maps(answered, maps, likeness):
     said = [f"Each map is by {which} the fold that held the picture out; red is what its answer rests on most."]
     if empty: said.append(f"{empty} of {len(maps)} are empty: no part of the picture speaks for that answer.")
     if np.isfinite(likeness):
-        said.append(f"Maps of the same networks with shuffled weights have a likeness of {likeness:.2f} to these; near 1, "
-            "a map would show the picture and not the network.")
+        said.append(f"Maps of the same networks with shuffled weights have a likeness of {likeness:.2f} to these; "
+            "near 1, a map would show the picture and not the network.")
     return " ".join(said)
 
 def shots_of(

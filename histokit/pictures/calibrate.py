@@ -6,10 +6,11 @@
 __all__ = ['probabilities', 'mean_log_loss', 'Combination', 'fit_combination', 'nested_combination', 'frozen_threshold',
            'nested_calls']
 
-# %% ../../nbs/pictures/calibrate.ipynb #50c26341
+# %% ../../nbs/pictures/calibrate.ipynb #f3216d7e
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import logsumexp
 
 from ..core.splits import each_fold
 from ..core.text import BadInput, choose
@@ -17,7 +18,7 @@ from ..frozen.logistic import LABEL_KINDS
 from .classify_settings import OPERATING_RULES
 from .operating_points import Question, sensitivity_point, youden_point
 
-# %% ../../nbs/pictures/calibrate.ipynb #7378c60d
+# %% ../../nbs/pictures/calibrate.ipynb #4a2849ca
 def probabilities(
     logits,          # (n, K)
     kind: str,       # of `LABEL_KINDS`
@@ -35,11 +36,11 @@ def mean_log_loss(
     "Negative log likelihood of the labels, the mean over rows, or over findings."
     logits, z = np.asarray(logits, float), np.asarray(z, float)
     if kind == "multiclass":
-        top = logits.max(1, keepdims=True)
-        return float((np.log(np.exp(logits - top).sum(1)) + top[:, 0] - (logits * z).sum(1)).mean())
+        right = (logits * z).sum(1)
+        return float((logsumexp(logits, 1) - right).mean())
     return float(np.nanmean(np.logaddexp(0, logits) - logits * z))
 
-# %% ../../nbs/pictures/calibrate.ipynb #d6b9ad8c
+# %% ../../nbs/pictures/calibrate.ipynb #1e923024
 @dataclass(frozen=True)
 class Combination:
     "How the logits of several members become those of the ensemble."
@@ -64,7 +65,9 @@ def fit_combination(
     members = len(logits)
     scale = np.abs(logits).mean((1, 2)).clip(1e-9)
     each = logits / scale[:, None, None]
-    def cost(w): return mean_log_loss(np.tensordot(w, each, 1), z, kind) + .01 * ((w - w.mean()) ** 2).sum()
+    def cost(w):
+        uneven = ((w - w.mean()) ** 2).sum()
+        return mean_log_loss(np.tensordot(w, each, 1), z, kind) + .01 * uneven
     found = minimize(cost, np.full(members, 1 / members), bounds=[(0, None)] * members)
     weights = found.x / scale
     total = weights.sum()
@@ -84,7 +87,7 @@ def nested_combination(
         out[held] = fit_combination(logits[:, others], z[others], kind)(logits[:, held])
     return out, fit_combination(logits, z, kind)
 
-# %% ../../nbs/pictures/calibrate.ipynb #bd8fb7d0
+# %% ../../nbs/pictures/calibrate.ipynb #c405ee81
 def frozen_threshold(
     p, truth,                 # (n,) probabilities, and 0 or 1
     rule: str = "youden",     # youden, sensitivity (the highest threshold that keeps it), or half (0.5)
@@ -93,7 +96,8 @@ def frozen_threshold(
     "The threshold by a rule, one of the probabilities that occur."
     choose(rule, OPERATING_RULES, "threshold")
     if rule == "half": return .5
-    question = Question(rule, np.asarray(p, float), (np.asarray(truth) == 1).astype(int), np.arange(len(p)))
+    yes = (np.asarray(truth) == 1).astype(int)
+    question = Question(rule, np.asarray(p, float), yes, np.arange(len(p)))
     if not question.both: raise BadInput("a threshold needs cases of both classes; hold out more pictures")
     point = youden_point(question) if rule == "youden" else sensitivity_point(question, least)
     return point["threshold"]

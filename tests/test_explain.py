@@ -23,7 +23,8 @@ from histokit.pictures.baselines import (
 from histokit.pictures.classifier_figures import (
     Shots, judged_cases, pick_failures, pick_samples, show_calibration, show_cases, show_confusion,
     show_precision_recall, show_roc, show_training)
-from histokit.pictures.explaining import Audit, Explained, ExplainSettings, explain_run, map_cases, open_answers
+from histokit.pictures.explaining import (
+    Audit, Explained, ExplainSettings, explain_run, map_cases, open_classified)
 from histokit.pictures.operating_points import (
     Question, calibration_error, picture_auc, questions, roc_band, roc_points, sensitivity_point, specificity_point,
     threshold_measures, youden_point)
@@ -325,7 +326,7 @@ def write_run(path, kind="binary", perfect=False):
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
 def test_a_run_is_looked_at_and_reported(tmp_path, kind):
     run = write_run(tmp_path, kind)
-    explained = explain_run(open_answers(run), ExplainSettings(draws=20, failures=3, samples=4))
+    explained = explain_run(open_classified(run), ExplainSettings(draws=20, failures=3, samples=4))
     assert explained.maps.maps is None and "keeps no network" in explained.maps.said
     html, markdown = (f.read_text() for f in write_picture_report(explained, 20))
     assert "made &lt;up&gt;" in html and "x\\|y" in markdown and "nan" not in markdown.lower().split()
@@ -336,7 +337,7 @@ def test_a_run_is_looked_at_and_reported(tmp_path, kind):
 
 def test_sentences_follow_the_numbers(tmp_path):
     run = write_run(tmp_path, perfect=True)
-    answered = open_answers(run)
+    answered = open_classified(run)
     wrong = pick_failures(answered.cases)
     maps = map_cases(answered, wrong)
     assert len(wrong) == 0 and maps.said == "No maps: there is no such case."
@@ -353,13 +354,13 @@ def test_sentences_follow_the_numbers(tmp_path):
 
 def test_a_run_that_is_not_whole(tmp_path):
     nothing = RunFolder(tmp_path/"empty").make()
-    with pytest.raises(BadInput, match="run its stage 10_images first"): open_answers(nothing)
+    with pytest.raises(BadInput, match="run its stage 10_images first"): open_classified(nothing)
     run = write_run(tmp_path/"run")
-    answered = open_answers(run)
+    answered = open_classified(run)
     assert map_cases(answered, answered.cases[:3], ExplainSettings(maps="none")).said == "Maps were switched off."
     run.write_table("oof.parquet", pd.DataFrame(dict(p=[.5, .2])))
-    with pytest.raises(BadInput, match="2 rows for 60 training pictures; run 11_classify again"): open_answers(run)
+    with pytest.raises(BadInput, match="2 rows for 60 training pictures; run 11_classify again"): open_classified(run)
     (run/"oof.parquet").unlink()
-    with pytest.raises(BadInput, match="run its stage 11_classify first"): open_answers(run)
+    with pytest.raises(BadInput, match="run its stage 11_classify first"): open_classified(run)
     for bad in (dict(maps="heat"), dict(failures=0), dict(draws=1), dict(samples=1000), dict(device="gpu")):
         with pytest.raises(BadInput): ExplainSettings(**bad)

@@ -93,7 +93,7 @@ def check_one_sample(
         each = some_of([f"'{mark}' {n} times" for mark, n in marks], 4)
         raise BadInput(f"{where}: its barcodes are of {len(marks)} samples (around the bases stand {each}); {mend}")
 
-# %% ../../nbs/spots/tables.ipynb #91aef103
+# %% ../../nbs/spots/tables.ipynb #70ee9a2d
 CELL2LOCATION_PREFIX = re.compile(      # a quantile, the mean or the deviation of the posterior
     r"^(q05|q95|means|stds)_?cell_abundance_w_sf_")
 
@@ -134,10 +134,11 @@ def _wide(table, key, choice, where):
     if others: said.append(f"columns left out: {listed(others)}")
     if bad := [c for c, v in read.items() if v.kind == "words"]:
         raise BadInput(f"{where}: column {bad[0]} holds no numbers; leave it out of types")
-    out = pd.DataFrame({c: v.values for c, v in read.items()}, index=table[key].map(str).str.strip().to_numpy())
+    barcodes = table[key].map(str).str.strip().to_numpy()
+    out = pd.DataFrame({c: v.values for c, v in read.items()}, index=barcodes)
     return out.set_axis(_without_prefix(out.columns), axis=1), said
 
-# %% ../../nbs/spots/tables.ipynb #559753fa
+# %% ../../nbs/spots/tables.ipynb #268633f4
 _KIND_NAMES = ("cell_type", "celltype", "cell_types", "celltypes", "type", "annotation", "cell", "variable", "level_1",
     "cluster")
 
@@ -167,7 +168,8 @@ def _long(table, key, kind, choice, where):
     said = check_notation(table, {value: read[value]}, where)
     if (bad := np.isnan(read[value].values)).any():
         raise BadInput(f"{where}: {value} of row {int(bad.argmax())} is empty; fill or drop it")
-    cells = dict(spot=table[key].map(str).str.strip(), kind=table[kind].map(str).str.strip(), value=read[value].values)
+    cells = {name: table[c].map(str).str.strip() for name, c in (("spot", key), ("kind", kind))}
+    cells["value"] = read[value].values
     out = pd.DataFrame(cells).pivot(index="spot", columns="kind", values="value")[list(dict.fromkeys(cells["kind"]))]
     types = _select(list(out.columns), choice, where)
     others = [str(c) for c in (*out.columns, *table) if c not in (key, kind, value, *types)]
@@ -208,7 +210,7 @@ def _check_barcodes(table, key, where):
     what = f"row {int(empty.argmax())} has no barcode in column {key} ({empty.sum()} such rows)"
     raise BadInput(f"{where}: {what}; fill or drop them")
 
-# %% ../../nbs/spots/tables.ipynb #fb7c1ea9
+# %% ../../nbs/spots/tables.ipynb #c55fb5bf
 def _check_proportions(table, where):
     "`BadInput` for spots or types given twice, and for the first number that is missing, infinite or negative."
     if (twice := table.index.duplicated()).any():
@@ -232,7 +234,8 @@ def _check_types(table, choice, where):
         raise BadInput(f"{where}: {left} is left as a cell type; name the columns with types, two at least")
     if choice.types: return
     doubts = doubtful_types(table)
-    copies = [c for c in map(str, table.columns) if re.sub(r"\.\d+$", "", c) != c and re.sub(r"\.\d+$", "", c) in table]
+    stems = {str(c): re.sub(r"\.\d+$", "", str(c)) for c in table.columns}
+    copies = [c for c, stem in stems.items() if stem != c and stem in stems]
     doubts |= {c: "may be the name before it twice, renamed by pandas or R" for c in copies if c not in doubts}
     if not doubts: return
     which = some_of([f"'{c}' {why}" for c, why in doubts.items()], 5)

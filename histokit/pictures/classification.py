@@ -216,7 +216,7 @@ def _class_names(task, p, form, threshold):
     which = (p[:, 0] >= threshold).astype(int) if task.kind == "binary" else p.argmax(1)
     return np.array(task.classes, object)[which]
 
-# %% ../../nbs/pictures/classification.ipynb #a326ae45
+# %% ../../nbs/pictures/classification.ipynb #7257403c
 def write_result(
     run: RunFolder, data, result: Result,
     rungs: dict, metrics: dict,
@@ -267,7 +267,7 @@ def run_classification(
     result = combine_members(task, ask_members(data, settings, run, say), z, fold)
     rungs = baseline_rungs(data, fold) | frozen_rung(data, settings, say) | answer_rungs(result, settings)
     table = picture_ladder(rungs, z, units)
-    metrics = dict(ladder=table.to_dict("records"), auc=_last(table), kind=task.kind, classes=task.classes,
+    metrics = dict(ladder=table.to_dict("records"), auc=_headline(result, z, units), kind=task.kind, classes=task.classes,
         weights=dict(zip([m.name for m in result.members], result.combination.weights)),
         temperature=result.combination.temperature, views=view_names(settings.views),
         sites=other_sites(data, settings, fold, say), test=_test_score(data, result),
@@ -276,10 +276,10 @@ def run_classification(
     write_result(run, data, result, rungs, metrics)
     return metrics
 
-def _last(table):
-    "The figure of the ladder's last rung."
-    row = table.iloc[-1]
-    return dict(value=float(row.auc), low=float(row.low), high=float(row.high), rung=row["name"])
+def _headline(result, z, units):
+    "The area under the ROC curve of what is answered, calibrated in folds that did not choose the temperature."
+    low, high = bootstrap_interval(AUC, result.held_out, z, units)
+    return dict(value=mean_auc(result.held_out, z), low=low, high=high)
 
 def _called(result, z, fold, units, settings):
     "The threshold, where it came from, and what it gives; empty but for two classes."

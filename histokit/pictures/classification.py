@@ -16,14 +16,13 @@ import pandas as pd
 from ..core.runs import RunFolder
 from ..core.submission import write_submission
 from ..core.text import BadInput
-from ..frozen.logistic import indicator_table
 from ..learn.bootstrap import Bootstrap, bootstrap_interval
 from ..learn.ladder import Rung, ladder
-from ..learn.scores import Score, accuracy
+from ..learn.scores import Score
 from .baselines import baseline_rungs
 from .calibrate import (
     Combination, fit_combination, frozen_threshold, nested_calls, nested_combination, probabilities)
-from .classifier import LabelTask, MemberAnswers, PictureFinetuning, Probe, mean_auc, view_names
+from .classifier import LabelTask, PictureFinetuning, Probe, mean_auc, view_names
 from .classify_settings import ClassifySettings, read_claims
 from .folders import find_pictures
 from .operating_points import Question, threshold_measures
@@ -267,7 +266,8 @@ def run_classification(
     result = combine_members(task, ask_members(data, settings, run, say), z, fold)
     rungs = baseline_rungs(data, fold) | frozen_rung(data, settings, say) | answer_rungs(result, settings)
     table = picture_ladder(rungs, z, units)
-    metrics = dict(ladder=table.to_dict("records"), auc=_headline(result, z, units), kind=task.kind, classes=task.classes,
+    metrics = dict(ladder=table.to_dict("records"), auc=_headline(result, z, units), kind=task.kind,
+        classes=task.classes,
         weights=dict(zip([m.name for m in result.members], result.combination.weights)),
         temperature=result.combination.temperature, views=view_names(settings.views),
         sites=other_sites(data, settings, fold, say), test=_test_score(data, result),

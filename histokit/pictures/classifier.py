@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from ..core.compute import seed_everything
 from ..core.files import make_dir, write_table

@@ -17,7 +17,7 @@ from ..core.text import BadInput
 from ..learn.bootstrap import Bootstrap
 from ..learn.scores import average_precision, roc_auc
 from histokit.pictures.operating_points import (
-    WHO_TRIAGE, calibration_error, calibration_points, questions, roc_band, roc_points, threshold_measures,
+    WHO_TRIAGE, calibration_error, calibration_points, roc_band, roc_points, threshold_measures,
     youden_point)
 
 # %% ../../nbs/pictures/classifier_figures.ipynb #8a2cf10a

@@ -11,7 +11,6 @@ __all__ = ['NO_NETWORK', 'compared', 'data_sentences', 'score_sentences', 'fixed
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from ..core.files import write_text
 from ..core.page import Html, escaped, html_figure, html_table, page

@@ -266,7 +266,8 @@ def run_classification(
     result = combine_members(task, ask_members(data, settings, run, say), z, fold)
     rungs = baseline_rungs(data, fold) | frozen_rung(data, settings, say) | answer_rungs(result, settings)
     table = picture_ladder(rungs, z, units)
-    metrics = dict(ladder=table.to_dict("records"), auc=_headline(result, z, units), kind=task.kind,
+    metrics = dict(ladder=table.to_dict("records"), kind=task.kind,
+        auc=_headline(result, z, units, table["name"].iloc[-1]),
         classes=task.classes,
         weights=dict(zip([m.name for m in result.members], result.combination.weights)),
         temperature=result.combination.temperature, views=view_names(settings.views),
@@ -276,10 +277,10 @@ def run_classification(
     write_result(run, data, result, rungs, metrics)
     return metrics
 
-def _headline(result, z, units):
+def _headline(result, z, units, rung):
     "The area under the ROC curve of what is answered, calibrated in folds that did not choose the temperature."
     low, high = bootstrap_interval(AUC, result.held_out, z, units)
-    return dict(value=mean_auc(result.held_out, z), low=low, high=high)
+    return dict(value=mean_auc(result.held_out, z), low=low, high=high, rung=rung)
 
 def _called(result, z, fold, units, settings):
     "The threshold, where it came from, and what it gives; empty but for two classes."

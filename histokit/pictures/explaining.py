@@ -93,8 +93,8 @@ class Answered:
 
     @property
     def scored(self)->np.ndarray:
-        "The answers that the score was computed from, before calibration; higher is likelier."
-        return self.rungs().get(self.metrics["auc"]["rung"], self.p)
+        "The answers that the score was computed from; higher is likelier."
+        return self.p
 
     def images(self, rows)->np.ndarray:
         "(k, S, S, 3) uint8 of these training pictures."

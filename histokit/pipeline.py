@@ -270,8 +270,8 @@ def prepare_asked(
 )->tuple:                     # the parameters of each stage, and about how many bytes the run will write
     "The task's data, prepared in a process of its own."
     task, ask = TASKS[task], Ask(ask).put(run_dir=run)
-    ask = task.call("prepare", ask, RunFolder(run))
-    return dict(ask), task.call("bytes_needed", ask)
+    ask, need = task.call("prepare", ask, RunFolder(run))
+    return dict(ask), need
 
 def run_pipeline(
     recipe: str,              # path or name of a recipe

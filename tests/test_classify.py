@@ -10,9 +10,10 @@ from histokit.frozen.logistic import fit_logistic, indicator_table, logistic_pat
 from histokit.learn.scores import roc_auc
 from histokit.pictures.calibrate import fit_combination, frozen_threshold, nested_calls, probabilities
 from histokit.pictures.classification import answer_values, run_classification, stage_pictures
-from histokit.pictures.classifier import LabelTask, mean_auc, train_choose_held
+from histokit.pictures.classifier import LabelTask, train_choose_held
 from histokit.pictures.classify_settings import ClassifySettings
 from histokit.pictures.folders import find_pictures
+from histokit.pictures.operating_points import picture_auc
 from histokit.pictures.prepared import prepare_pictures
 from histokit.pictures.settings import PictureSettings
 from histokit.pictures.toy import ToySettings, smoke_pictures, toy_pictures
@@ -121,7 +122,7 @@ def test_balanced_weights_are_those_of_the_rows_that_are_learnt_from():
 
 def test_auc_leaves_out_what_nobody_looked_for():
     z = np.array([[0, 1], [1, np.nan], [0, np.nan]])
-    assert mean_auc(np.array([[0., 0], [1, 0], [0, 0]]), z) == 1
+    assert picture_auc(np.array([[0., 0], [1, 0], [0, 0]]), z) == 1
 
 
 @pytest.mark.parametrize("asked, said", [

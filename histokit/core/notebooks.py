@@ -7,14 +7,14 @@ __all__ = ['PARAMETER_TYPES', 'STAGE_HEADING', 'NEWS', 'Parameter', 'read_cells'
            'names_used', 'exported_names', 'stage_cells', 'ready_kernel_manager', 'shorten', 'run_notebook']
 
 # %% ../../nbs/core/notebooks.ipynb #7ab38d68
-import ast, contextlib, functools, json, logging, os, re, threading, time
+import ast, contextlib, functools, json, logging, os, re, time
 from pathlib import Path
 from typing import NamedTuple
 
 from .compute import KERNEL_ENVIRONMENT
 from .files import write_error
 from .processes import ready_processes, share_server, start_ready, without_main
-from .progress import Heartbeat, Passing, listen
+from .progress import Background, Heartbeat, Passing, listen
 from .text import BadInput
 
 # %% ../../nbs/core/notebooks.ipynb #95c82ca4
@@ -186,11 +186,10 @@ class _Echo:
             if NEWS.match(line): self.show("    " + line)
     def flush(self): pass
 
-class _PeakMemory(threading.Thread):
+class _PeakMemory(Background):
     "Samples the memory of this process's children."
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.peak, self.stop = 0, threading.Event()
+    peak = 0
+
     def run(self):
         import psutil
         me = psutil.Process()
@@ -199,12 +198,6 @@ class _PeakMemory(threading.Thread):
             for child in me.children(recursive=True):
                 with contextlib.suppress(psutil.Error): total += child.memory_info().rss
             self.peak = max(self.peak, total)
-    def __enter__(self):
-        self.start()
-        return self
-    def __exit__(self, *error):
-        self.stop.set()
-        self.join()
 
 def _why(error):
     "What a failed notebook's error says in a few words."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'PACKAGES', 'POOLS', 'resolve_encoder', 'is_reachable', 'brief_hub', 'build_backbone', 'read_weights',
-           'load_weights', 'package_file', 'load_package', 'load_encoder', 'pixel_stats', 'fixed_size', 'scale_pixels',
-           'check_pool', 'pooled', 'backbone_stages', 'freeze_stages', 'rest_frozen', 'EncoderOptions',
-           'weights_source', 'create_encoder']
+           'load_weights', 'package_file', 'load_package', 'load_encoder', 'check_encoder', 'pixel_stats', 'fixed_size',
+           'scale_pixels', 'check_pool', 'pooled', 'backbone_stages', 'freeze_stages', 'check_unfreeze', 'rest_frozen',
+           'EncoderOptions', 'weights_source', 'create_encoder']
 
 # %% ../../nbs/learn/encoders.ipynb #462c25d7
 import contextlib, importlib, re, socket, threading
@@ -267,6 +267,16 @@ def load_encoder(
     if weights in ("", "none"): return encoder
     return load_package(encoder, backbone) if weights == "package" else load_weights(encoder, weights)
 
+def check_encoder(
+    backbone: str,      # these three as for `EncoderOptions`
+    weights: str,
+    backbone_args,
+)->None:
+    "`BadInput` for an unknown encoder, or weights that are not there or of another one; a hub is not asked."
+    asked = resolve_encoder(backbone, weights, backbone_args)
+    if asked["weights"] == "" or Path(str(asked["weights"])).is_dir(): return
+    load_encoder(asked["backbone"], asked["weights"], 3, asked["args"])
+
 # %% ../../nbs/learn/encoders.ipynb #06386bff
 def _per_channel(given, known, in_chans, name):
     "One number a channel: those given, or else those known; one is repeated, known ones are averaged if need be."
@@ -375,6 +385,13 @@ def freeze_stages(
     moving = {p for s in trained for p in stages[s]}
     for name, p in backbone.named_parameters(): p.requires_grad_(name in moving)
     return trained
+
+def check_unfreeze(
+    unfreeze,         # as `freeze_stages` takes it
+)->None:
+    "`BadInput` for a text that is neither all nor a number; how many stages there are is not known yet."
+    if str(unfreeze) == "all" or str(unfreeze).isdigit(): return
+    raise BadInput(f"unfreeze={unfreeze}: give all, or how many of the last stages are trained")
 
 def rest_frozen(
     backbone,  # module; changed in place

@@ -68,6 +68,15 @@ class TrainSettings:
         choose(self.sampler, SAMPLERS, "sampler")
         pick_precision(self.amp, "cpu")
 
+    @classmethod
+    def taken_from(cls,
+        settings,            # an object with attributes, such as a stage's settings
+        **changed,
+    )->"TrainSettings":
+        "The settings of training among others, some changed."
+        own = {f.name for f in fields(cls)}
+        return cls(**{name: getattr(settings, name) for name in own if hasattr(settings, name)} | changed)
+
     def but(self, **changed)->"TrainSettings":
         "These settings with some changed."
         for name in changed: choose(name, [f.name for f in fields(self)], "setting")

@@ -8,8 +8,7 @@ __all__ = ['CLAIMED', 'CLASSIFY_METHODS', 'CLASSIFY_LOSSES', 'OPERATING_RULES', 
 
 # %% ../../nbs/pictures/classify_settings.ipynb #09c77a29
 import re
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 from ..core.settings import check_device, within
 from ..core.text import BadInput, choose, numbers
@@ -44,12 +43,9 @@ class Member:
 
     def check(self)->None:
         "Raise `BadInput` for an unknown encoder, or weights that are not there or of another one; a hub is not asked."
-        from histokit.learn.encoders import load_encoder, resolve_encoder
-        if not self.network: return
-        n = self.network
-        asked = resolve_encoder(n["backbone"], n["weights"], n["backbone_args"])
-        if asked["weights"] == "" or Path(str(asked["weights"])).is_dir(): return
-        load_encoder(asked["backbone"], asked["weights"], 3, asked["args"])
+        from histokit.learn.encoders import check_encoder
+        names = ("backbone", "weights", "backbone_args")
+        if self.network: check_encoder(*(self.network[name] for name in names))
 
 # %% ../../nbs/pictures/classify_settings.ipynb #783a4fa4
 CLASSIFY_METHODS = ("probe", "finetune")
@@ -118,13 +114,14 @@ class ClassifySettings:
         self.check_choices()
         self.check_ranges()
         self.check_pairs()
-        self.trained(epochs=self.epochs)
+        self.trained()
         check_device(self.device)
         read_claims(self.claims)
         for member in self.members(): member.check()
 
     def check_choices(self)->None:
         "Raise `BadInput` for a word that names nothing."
+        from histokit.learn.encoders import check_unfreeze
         from histokit.learn.networks import make_head
         from histokit.learn.views import VIEWS
         choose(self.method, CLASSIFY_METHODS, "method")
@@ -134,8 +131,7 @@ class ClassifySettings:
         choose(self.threshold, OPERATING_RULES, "threshold")
         choose(self.views, VIEWS, "views")
         make_head(self.head, 8, 2, self.hidden, self.dropout)
-        if self.unfreeze != "all" and not self.unfreeze.isdigit():
-            raise BadInput(f"unfreeze={self.unfreeze}: give all, or how many of the last stages are trained")
+        check_unfreeze(self.unfreeze)
 
     def check_ranges(self)->None:
         "Raise `BadInput` for a number outside its range."
@@ -173,8 +169,7 @@ class ClassifySettings:
         kept = ("backbone_args", "mean", "std", "pool", "head", "hidden", "dropout", "unfreeze")
         return dict(backbone=backbone, weights=weights) | {k: getattr(self, k) for k in kept}
 
-    def trained(self, **changed):
+    def trained(self):
         "The kit's settings of training."
         from histokit.learn.trainer import TrainSettings
-        own = {f.name for f in fields(TrainSettings)}
-        return TrainSettings(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in own} | changed)
+        return TrainSettings.taken_from(self)

@@ -91,11 +91,6 @@ class Answered:
         columns = {name: [c for c in table if c == name or c.startswith(f"{name}|")] for name in names}
         return {name: table[some].to_numpy(float).squeeze() for name, some in columns.items() if some}
 
-    @property
-    def scored(self)->np.ndarray:
-        "The answers that the score was computed from; higher is likelier."
-        return self.p
-
     def images(self, rows)->np.ndarray:
         "(k, S, S, 3) uint8 of these training pictures."
         return np.ascontiguousarray(self.data.pixels[self.data.train[np.asarray(rows, int)]])
@@ -229,7 +224,7 @@ def audit_run(
 )->Audit:
     "The shortcut audit of a run, the run's own model beside it."
     data, fold, bootstrap = answered.data, answered.data.folds()[0], Bootstrap(draws=draws)
-    table = audit_shortcuts(data, fold, answered.scored, bootstrap)
+    table = audit_shortcuts(data, fold, answered.p, bootstrap)
     return Audit(table, site_from_picture(data, bootstrap), sites_left_out(data, fold))
 
 # %% ../../nbs/pictures/explaining.ipynb #08e708ae

@@ -76,7 +76,7 @@ def _beside_simple(answered, bootstrap):
     if best is None: return []
     target = answered.target
     known = target >= 0 if target.ndim == 1 else np.isfinite(target).any(1)
-    pair = (answers[known] for answers in (rungs[best], answered.scored, target))
+    pair = (answers[known] for answers in (rungs[best], answered.p, target))
     apart = paired_difference(PICTURE_AUC, *pair, answered.data.groups()[known], bootstrap=bootstrap)
     difference = _interval(apart["difference"], apart["low"], apart["high"])
     word = compared(apart["difference"], apart["low"], apart["high"])

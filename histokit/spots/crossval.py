@@ -29,7 +29,7 @@ from ..learn.batches import balanced_weights, checked_weights, predict
 from ..learn.losses import Loss
 from ..learn.networks import start_at
 from ..learn.scores import mean_spearman
-from ..learn.trainer import Trainer
+from ..learn.trainer import Trainer, TrainSettings
 from .cache import SlideCache
 from .context import ContextDataset, fit_context
 from .kriging import KrigingSettings, krige_fold, kriging_data
@@ -171,12 +171,9 @@ class Finetuning:
     def trainer(self, model, score, folder, say)->Trainer:
         "The kit's trainer with the settings of this stage."
         s = self.settings
-        names = ("epochs", "batch_size", "lr_head", "lr_backbone", "weight_decay", "scheduler", "patience", "clip",
-                 "amp", "device", "workers", "seed", "progress", "accumulate", "ema", "channels_last", "compile",
-                 "deterministic", "save_every", "warmup")
-        given = {n: getattr(s, n) for n in names}
         sampler = "shuffle" if s.sampler == "shuffle" else "weighted"
-        return Trainer(model, Loss(s.loss), score, folder, log=say, sampler=sampler, **given)
+        how = TrainSettings.taken_from(s, sampler=sampler)
+        return Trainer(model, Loss(s.loss), score, folder, how, log=say, device=s.device, progress=s.progress)
 
     def fit(self,
         train, choose,         # rows to train on, and to choose the epoch on

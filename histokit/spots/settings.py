@@ -8,7 +8,6 @@ __all__ = ['METHODS_OF_LEARNING', 'SplitSettings', 'StainSettings', 'NetworkSett
 
 # %% ../../nbs/spots/settings.ipynb #d1d86a84
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 from ..core.settings import check_device, within
 from ..core.text import BadInput, as_number, choose, numbers
@@ -74,28 +73,21 @@ class NetworkSettings:
     input_px: int = 64
 
     def __post_init__(self):
+        from histokit.learn.encoders import check_encoder, check_unfreeze
         from histokit.learn.losses import Loss
         from histokit.learn.networks import make_head
         Loss(self.loss)
         within(self, "input_px", low=8)
         choose(self.fusion, ("none", "product", "concat"), "fusion")
         make_head(self.head, 8, 2, self.hidden, self.dropout)
-        if self.unfreeze != "all" and not self.unfreeze.isdigit():
-            raise BadInput(f"unfreeze={self.unfreeze}: give all, or how many of the last stages are trained")
+        check_unfreeze(self.unfreeze)
         for name in ("context_um", "mean", "std"): numbers(getattr(self, name), name)
-        self.load_encoder()
+        check_encoder(self.backbone, self.weights, self.backbone_args)
 
     @property
     def scales(self)->int:
         "How many patches of a spot the model sees."
         return 1 + len(numbers(self.context_um, "context_um"))
-
-    def load_encoder(self)->None:
-        "Raise `BadInput` for an unknown encoder, or weights that are not there or of another one; a hub is not asked."
-        from histokit.learn.encoders import load_encoder, resolve_encoder
-        asked = resolve_encoder(self.backbone, self.weights, self.backbone_args)
-        if asked["weights"] == "" or Path(str(asked["weights"])).is_dir(): return
-        load_encoder(asked["backbone"], asked["weights"], 3, asked["args"])
 
     def recipe(self)->dict:
         "What `create_model` is asked."

@@ -2955,6 +2955,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'histokit.spots.layout._column': ('spots/layout.html#_column', 'histokit/spots/layout.py'),
                                        'histokit.spots.layout._natural': ('spots/layout.html#_natural', 'histokit/spots/layout.py'),
                                        'histokit.spots.layout._place': ('spots/layout.html#_place', 'histokit/spots/layout.py'),
+                                       'histokit.spots.layout._texts': ('spots/layout.html#_texts', 'histokit/spots/layout.py'),
                                        'histokit.spots.layout.check_columns': ( 'spots/layout.html#check_columns',
                                                                                 'histokit/spots/layout.py'),
                                        'histokit.spots.layout.check_image': ('spots/layout.html#check_image', 'histokit/spots/layout.py'),

@@ -59,10 +59,17 @@ def _place(walk, groups, name, part):
         walk.troubles.append(BadInput(f"slide {name} is both Train and Test; rename one"))
     having = [top for top, group in groups.items() if name in group]
     if len(having) < len(groups):
+        lacks = next(f"{top}/{part}/{name} is missing" for top in groups if top not in having)
         mend = "every slide needs a picture and spots of the same name"
-        walk.troubles.append(BadInput(f"slide {name} is in {having[0]}/{part} only; {mend}"))
+        walk.troubles.append(BadInput(f"slide {name} is in {having[0]}/{part} only, {lacks}; {mend}"))
     for top in having: setattr(place, _TOPS[top], walk.attempt(h5_child, groups[top], name, h5py.Dataset))
     return place
+
+def _texts(walk, group, where):
+    "The names of a group that are text; what is none can be neither written to a table nor asked for."
+    for name in group:
+        if isinstance(name, str): yield name
+        else: walk.troubles.append(BadInput(f"{where} holds a name that is no UTF-8 text, {name!r}; rename the slide"))
 
 def walk_slides(
     h5,                    # an open file
@@ -78,7 +85,7 @@ def walk_slides(
         if not needed and not any(part in group for group in tops.values()): continue
         groups = {top: walk.attempt(h5_child, group, part) for top, group in tops.items()}
         groups = {top: group for top, group in groups.items() if group is not None}
-        names = {name for group in groups.values() for name in group}
+        names = {name for top, group in groups.items() for name in _texts(walk, group, f"{top}/{part}")}
         walk.places += [_place(walk, groups, name, part) for name in sorted(names, key=_natural)]
     if not walk.places: walk.troubles.append(BadInput("images/Train and images/Test hold no slide; add one"))
     elif spots and not any(p.split == "Train" for p in walk.places):

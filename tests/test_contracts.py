@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/"histokit"
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if "checkpoint" not in str(p))
 RECIPES = sorted((ROOT/"params").glob("*.yaml"))
-WINGS = ("core", "learn", "frozen", "pictures", "tissue", "spots", "review")  # each may import from those before it
+WINGS = ("core", "learn", "frozen", "pictures", "tissue", "spots", "retrieval", "reports", "review")  # each may import from those before it
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))
            if p.name not in ("__init__.py", "_modidx.py") and "_assets" not in p.parts}
 page = lambda path: path.relative_to(ROOT/"nbs").with_suffix("").as_posix()

@@ -235,30 +235,6 @@ def memory(quick, ratio=20):
         f"{speed:.0f} patches a second")
 
 
-# --- a GPU -----------------------------------------------------------------------------------
-
-def gpu_rate(sampler, spots, augment, n=256, times=20):
-    "Patches a second of one sampler on a GPU."
-    slide, xy = [sampler.position[s] for s in spots.slide[:n]], spots[["x", "y"]].to_numpy()[:n]
-    once = lambda: sampler.sample(slide, xy, **(augment.draw(n) if augment else {}))
-    once()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times): once()
-    torch.cuda.synchronize()
-    return times * n / (time.perf_counter() - start)
-
-
-def gpu(slides):
-    "Patches a second with the slides resident on a GPU."
-    if not torch.cuda.is_available(): return print("\nno GPU here: not measured")
-    print(f"\n{torch.cuda.get_device_name()}, slides resident")
-    for px in (224, 400):
-        spots, sampler = fake_spots(slides, 4096, px), PatchSampler(slides, px, device="cuda")
-        for name, augment in {"no": None, "yes": Augmentation()}.items():
-            print(f"  {px} px, augmented {name:3}: {gpu_rate(sampler, spots, augment):9.0f} patches a second")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="shorter turns, a smaller file")
@@ -267,4 +243,3 @@ if __name__ == "__main__":
     table_of_speeds(slides, quick)
     wait_share(slides, quick)
     memory(quick)
-    gpu(slides)

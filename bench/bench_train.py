@@ -1,5 +1,5 @@
-"""What the trainer costs over a bare torch loop, what settings of threads and memory are worth on a busy machine, and
-on a GPU how many pictures a second it trains.
+"""What the trainer costs over a bare torch loop, and what settings of threads and memory are worth on a busy machine.
+How many pictures a second a GPU trains is measured by `bench/gpu.py`.
 
     python bench/bench_train.py [--quick]
 """
@@ -121,26 +121,6 @@ class Pictures(Dataset):
         return dict(image=self.noise[:, y:y + self.px, x:x + self.px].clone()), self.target[i]
 
 
-MODES = (dict(amp="no"), dict(amp="fp16"), dict(amp="auto"), dict(amp="auto", channels_last=True),
-    dict(amp="auto", channels_last=True, compile=True), dict(amp="auto", ema=.999))
-
-def gpu(rows, px=400, backbone="convnext_small"):
-    "Pictures a second of one epoch after one to warm up, in each precision and memory layout."
-    from histokit.spots.network import create_model
-    data = Pictures(rows, px)
-    for mode in MODES:
-        seed_everything(0)
-        torch.cuda.reset_peak_memory_stats()
-        model = create_model(35, backbone, "none")
-        trainer = Trainer(model, mse_loss, None, epochs=2, batch_size=32, workers=4, **mode)
-        last = trainer.fit(data).iloc[-1]
-        yield {"model": f"{backbone}, {px} px, batch 32", "settings": ", ".join(f"{k}={v}" for k, v in mode.items()),
-            "pictures/s": rows / last.seconds, "waiting for data": f"{last.waited / last.seconds:.0%}",
-            "peak GiB": torch.cuda.max_memory_allocated() / 2**30, "rows at once": last.at_once}
-        del trainer, model
-        torch.cuda.empty_cache()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer steps and pictures")
@@ -150,7 +130,3 @@ if __name__ == "__main__":
         print(pd.DataFrame(overhead(100 if quick else 400, device)).round(2).to_string(index=False), end="\n\n")
     for busy in (0, os.cpu_count() or 1):
         print(pd.DataFrame(plain_python(busy)).round(2).to_string(index=False), end="\n\n")
-    if torch.cuda.is_available():
-        print(torch.cuda.get_device_name())
-        print(pd.DataFrame(gpu(320 if quick else 1600)).round(1).to_string(index=False))
-    else: print("no GPU here: the rest is left out")

@@ -190,7 +190,7 @@ def baseline_sentence(
     if mean[best] < mean[answer]: return f"{answer} beats the better baseline, {best} ({numbers})."
     return f"{answer} does not beat the baseline {best} ({numbers}): it knows no more than that."
 
-# %% ../../nbs/review/scores.ipynb #97320511
+# %% ../../nbs/review/scores.ipynb #eefae602
 def degeneracy(
     scores,          # (n, M)
     measures,        # list of Measure
@@ -209,6 +209,7 @@ def degeneracy(
 
 def _degeneracy_sentence(found, count):
     if found["first_component"] is None: return "One measure, or none that varies: there is nothing to compare."
-    of = f"one direction holds {found['first_component']:.0%} of {count} scores, {found['equal']:.0%} of pairs are equal"
+    share, equal = found["first_component"], found["equal"]
+    of = f"one direction holds {share:.0%} of {count} scores, and {equal:.0%} of pairs are equal"
     if found["one_score"]: return f"These are one score written {count} times: {of}."
     return f"The scores differ: {of}."

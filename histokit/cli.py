@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'kernels', 'Version', 'Texts', 'Params', 'Json', 'RunDir', 'Force', 'fail', 'command', 'say', 'say_findings',
-           'demo', 'run', 'parameter_rows', 'asked_parameters', 'parameters', 'compare', 'check', 'validate', 'score',
-           'stain', 'import_visium_command', 'export_h5ad', 'explore_command', 'kernels_build', 'kernels_check', 'main']
+           'demo', 'run', 'demo_run', 'parameter_rows', 'asked_parameters', 'parameters', 'compare', 'check',
+           'validate', 'score', 'stain', 'import_visium_command', 'export_h5ad', 'explore_command', 'kernels_build',
+           'kernels_check', 'main']
 
-# %% ../nbs/cli.ipynb #5d61957d
-import contextlib, functools, json, sys
+# %% ../nbs/cli.ipynb #7390dbd7
+import contextlib, functools, json, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -85,7 +86,7 @@ def say_findings(findings, text: str, as_json: bool, **more)->None:
     say(by_level | more, text, as_json)
     if by_level["errors"]: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #763ae118
+# %% ../nbs/cli.ipynb #3bf2c6ea
 def _run(recipe, param, run_dir, force, as_json):
     "A run, its lines and its report."
     from histokit.core.files import read_json
@@ -105,6 +106,18 @@ def run(
     param: Params = None, run_dir: RunDir = "", force: Force = False, as_json: Json = False):
     "Run a recipe, from the data to the submission."
     _run(recipe, param, run_dir, force, as_json)
+
+def demo_run()->Path:
+    "A finished run of the demo to show: `$HISTOKIT_DEMO_RUN`, `runs/demo` of the clone, or else a small one, made now."
+    from histokit.core.files import cache_dir
+    from histokit.core.runs import RunFolder, assets
+    from histokit.pipeline import run_pipeline
+    from histokit.spots.demo import demo_paths, smoke_demo
+    for place in (os.environ.get("HISTOKIT_DEMO_RUN"), assets("nbs").parent/"runs"/"demo"):
+        if place and RunFolder(place).has("metrics.json") and RunFolder(place).has("run.json"): return Path(place)
+    data = smoke_demo()
+    asked = [f"data_path={data}", f"truth_path={demo_paths(data).truth}", "epochs=6"]
+    return run_pipeline("demo", asked, cache_dir()/"demo-run", show=lambda line: None)
 
 # %% ../nbs/cli.ipynb #db464d7c
 def parameter_rows(
@@ -301,19 +314,21 @@ def explore_command(
     if html: typer.echo(write_explorer(html, scene, max_mb, **view))
     else: serve_explorer(scene, port, not no_browser, typer.echo, **view)
 
-# %% ../nbs/cli.ipynb #62c45c50
-@command(kernels, "build", "kernels build --recipe probe --username NAME")
+# %% ../nbs/cli.ipynb #91aa219f
+@command(kernels, "build", "kernels build --recipe tb --competition SLUG --username NAME")
 def kernels_build(
     folder: Annotated[Path, typer.Argument(help="the kernels' folder")] = Path("kaggle_kernels"),
-    recipe: str = "resnet18", title: str = "histokit train submit",
+    recipe: str = "resnet18",
+    competition: Annotated[str, typer.Option(help="its slug; needed for pictures, unless a dataset holds them")] = "",
+    title: Annotated[str, typer.Option(help="of the kernel; else histokit train submit, or the recipe's name")] = "",
     username: Annotated[str, typer.Option(help="of the Kaggle account; else $KAGGLE_USERNAME")] = "",
     param: Params = None,
-    weights: Annotated[str, typer.Option(help="none, or a file's name in a dataset or model given below")] = "",
+    weights: Annotated[str, typer.Option(help="none, package, or a file's name in an input given below")] = "",
     dataset: Annotated[Texts, typer.Option(help=f"owner/name; {_AGAIN}")] = None,
     model: Annotated[Texts, typer.Option(help=f"owner/model/framework/variation/version; {_AGAIN}")] = None):
     "Build a Kaggle kernel: one notebook that carries the package, trains and submits."
     from histokit.kaggle import build_kernel
-    mounted = dict(datasets=tuple(dataset or ()), models=tuple(model or ()))
+    mounted = dict(competition=competition, datasets=tuple(dataset or ()), models=tuple(model or ()))
     given = dict(overrides=tuple(param or ()), weights=weights, **mounted)
     built = build_kernel(folder, recipe, title, username, **given)
     typer.echo(f"wrote {built}")

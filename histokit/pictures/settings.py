@@ -12,7 +12,7 @@ from ..core.settings import check_device, within
 from ..core.text import BadInput, choose
 from .naming import check_pattern
 
-# %% ../../nbs/pictures/settings.ipynb #76122baf
+# %% ../../nbs/pictures/settings.ipynb #74b3107b
 PICTURE_SPLITS = ("auto", "patient", "site", "stratified")
 PICTURE_FITS = ("stretch", "pad", "crop")
 
@@ -20,6 +20,7 @@ PICTURE_FITS = ("stretch", "pad", "crop")
 class PictureSettings:
     "10_images: where the labels stand, what is held out together, and how pictures become squares."
     labels_csv: str = ""
+    template_csv: str = ""
     path_column: str = ""
     label_columns: str = ""
     id_column: str = ""

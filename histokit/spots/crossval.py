@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HEAD_METHODS', 'RANDOM_FOLDER', 'SpotData', 'open_spots', 'Fitted', 'draw_weights', 'Finetuning', 'EncodedSpots',
-           'FrozenHead', 'CrossValidation', 'keep_fold', 'clear_folds', 'fit_fold', 'random_split', 'fold_job', 'gpus',
-           'how_many', 'fit_folds', 'cross_validate_finetuning', 'compare_splits', 'left_out', 'cross_validate_head',
+           'FrozenHead', 'CrossValidation', 'keep_fold', 'clear_folds', 'fit_fold', 'random_split', 'fold_job',
+           'fit_folds', 'cross_validate_finetuning', 'compare_splits', 'left_out', 'cross_validate_head',
            'run_training']
 
-# %% ../../nbs/spots/crossval.ipynb #41b479e3
-import os, shutil
+# %% ../../nbs/spots/crossval.ipynb #d9b146e3
+import shutil
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from ..frozen.heads import fit_boost, fit_kernel, fit_pls, fit_ridge, set_linear
 from ..frozen.network_head import fit_head
 from ..frozen.parts import Stages
 from ..learn.batches import balanced_weights, checked_weights, predict
+from ..learn.devices import how_many, own_device
 from ..learn.losses import Loss
 from ..learn.networks import start_at
 from ..learn.scores import mean_spearman
@@ -340,7 +341,7 @@ def clear_folds(
         if old.name not in {str(k) for k in folds}: shutil.rmtree(old)
     (run/"answers.npy").unlink(missing_ok=True)
 
-# %% ../../nbs/spots/crossval.ipynb #12652d2e
+# %% ../../nbs/spots/crossval.ipynb #042b7c32
 RANDOM_FOLDER = "random_split"      # of a run: what a split by random spots leaves
 
 def fit_fold(
@@ -370,28 +371,11 @@ def random_split(
 
 def fold_job(run, data_path, settings, network, k, say, slot):
     "`fit_fold` in a process of its own, on a GPU of its own where there are several."
-    if settings.device in ("auto", "cuda") and gpus() > 1: settings = replace(settings, device=f"cuda:{slot % gpus()}")
+    settings = replace(settings, device=own_device(settings.device, slot))
     method = Finetuning(open_spots(run, data_path, settings), settings, network, RunFolder(run))
     return fit_fold(method, k, say)
 
-def gpus()->int:
-    "How many CUDA devices there are."
-    import torch
-    return torch.cuda.device_count()
-
-# %% ../../nbs/spots/crossval.ipynb #daa9af4b
-def how_many(
-    settings: TrainingSettings,
-    folds: int,
-)->tuple:                # processes, and threads of each (0 = as torch chooses)
-    "What `fold_processes` means on this machine."
-    n = settings.fold_processes
-    if n == 1: return 1, 0
-    cores = os.cpu_count() or 1
-    on_gpu = settings.device != "cpu" and gpus() > 0
-    n = min(n or (gpus() if on_gpu else cores), folds)
-    return n, 0 if on_gpu else max(cores // n, 1)
-
+# %% ../../nbs/spots/crossval.ipynb #3cb4cc27
 def fit_folds(
     method: Finetuning,
     data_path: str,      # as for `open_spots`
@@ -400,7 +384,7 @@ def fit_folds(
     "Every fold and, where it is asked for, the split by random spots; one after another or side by side."
     s = method.settings
     folds = [*method.data.folds(), *([-1] if s.compare_random else [])]
-    n, threads = how_many(s, len(folds))
+    n, threads = how_many(s.fold_processes, len(folds), s.device)
     if n == 1: return {k: fit_fold(method, k, say) for k in folds}
     folds.sort(key=lambda k: (method.data.fold == k).sum())              # the longest training first
     shared = (method.run.path, str(data_path), s, method.network)

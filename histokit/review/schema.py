@@ -32,7 +32,7 @@ def utc_now()->datetime:
     "The time, in UTC."
     return datetime.now(timezone.utc)
 
-# %% ../../nbs/review/schema.ipynb #3b49cdf7
+# %% ../../nbs/review/schema.ipynb #7cc6d8e7
 metadata = sa.MetaData()
 
 def _table(name, *columns, ids=True):
@@ -84,6 +84,7 @@ jobs = _table("jobs",
     _text("worker", 100),
     _time("claimed_at", nullable=True),     # begin of the lease; renewed while the worker lives
     _time("finished_at", nullable=True),
+    _time("created_at"),
     _time("changed_at", index=True),
     _text("model_version", 80, nullable=True),
     sa.Index("jobs_in_line", "state", "id"))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROLES', 'PeoplePart', 'Store', 'consensus_of']
 
-# %% ../../nbs/review/store.ipynb #f2b07b17
-import shutil
+# %% ../../nbs/review/store.ipynb #592c500a
+import shutil, uuid
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -77,9 +77,16 @@ class PeoplePart(ImagesPart):
 
 def _manages(row): return bool(row["active"] and row["role"] == "admin" and row["password"])
 
-# %% ../../nbs/review/store.ipynb #8b0b179f
+# %% ../../nbs/review/store.ipynb #08751cc6
 class Store(PeoplePart):
     "A study: its folder and its database."
+    def study_id(self)->str:
+        "A name of this study that no other has; a browser keeps unsent edits under it."
+        with self.writing() as c:
+            known = self.get_meta_in(c, "study_id")
+            if known is None: self.put_meta_in(c, "study_id", known := str(uuid.uuid4()))
+        return known
+
     def models(self)->list:
         "Models of the study, as rows, the newest last."
         with self.reading() as c: return c.execute(sa.select(models).order_by(models.c.id)).all()
@@ -92,7 +99,7 @@ class Store(PeoplePart):
         "Copy a model's file, or folder, into the study; its version."
         path = Path(path)
         if not path.exists(): raise BadInput(f"{path} does not exist; give a model's file")
-        version = f"{path.stem[:40]}-{_content_hash(path)[:10]}"
+        version = _content_hash(path)[:12]
         place = f"models/{version}{path.suffix if path.is_file() else ''}"
         if not (self.folder/place).exists(): _copy_whole(path, self.folder/place)
         row = dict(version=version, file=place, created_at=utc_now(), metrics=plain(metrics or {}), active=False)

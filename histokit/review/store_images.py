@@ -18,7 +18,7 @@ from .schema import JOB_STATES, current, events, files, images, jobs, revealed, 
 from .store_events import Edit, NotThere
 from .store_jobs import JobsPart
 
-# %% ../../nbs/review/store_images.ipynb #6c38df28
+# %% ../../nbs/review/store_images.ipynb #98a586fe
 @dataclass(frozen=True)
 class NewFile:
     "A checked file that lies in the study's folder."
@@ -43,7 +43,7 @@ class Person(NamedTuple):
     name: str
     role: str                 # viewer, scorer, admin
 
-ORDERS = ("added", "name", "serial", "group", "status", "far", "mine", "size", "scored")
+ORDERS = ("created", "name", "serial", "group", "status", "far", "mine", "size", "changed")   # changed: last scored
 
 @dataclass(frozen=True)
 class ImageQuery:
@@ -51,13 +51,13 @@ class ImageQuery:
     search: str = ""          # part of a name, serial or group; capitals do not matter
     group: str = ""
     status: str = ""          # Pending, Processing, Completed, Failed or Missing
-    scorer: str = ""          # name of a person who scored it
+    scorer: int = None        # number of a person who scored it
     unscored: bool = None     # by the person who asks: True for not complete, False for complete
-    far: float = None         # own score and draft differ by at least so much
+    far: float = None         # scores and draft differ by at least so much
     flagged: bool = None
     changed: bool = None
     matched: bool = None      # the name fits the study's pattern
-    sort: str = "added"
+    sort: str = "created"
     descending: bool = False
     offset: int = 0
     limit: int = 100
@@ -67,19 +67,23 @@ class ImageQuery:
         choose(self.sort, list(ORDERS), "order")
         if not 1 <= self.limit <= 1000 or not 0 <= self.offset < 2**31: raise BadInput("limit is 1 to 1000, offset 0 or more")
 
-# %% ../../nbs/review/store_images.ipynb #7ace5d01
+# %% ../../nbs/review/store_images.ipynb #ba9df0d4
 def _count_own(author, keys):
     own = (current.c.image_id == images.c.id, current.c.author == author)
     scored = (current.c.value.is_not(None), current.c.measure.in_(keys))
     return sa.select(sa.func.count()).where(*own, *scored).scalar_subquery()
 
-def _distance(author):
-    "The largest difference of a person's scores and the draft's."
-    mine, draft = current.alias(), current.alias()
-    pair = sa.and_(mine.c.image_id == draft.c.image_id, mine.c.measure == draft.c.measure)
-    both = (mine.c.image_id == images.c.id, mine.c.author == author, draft.c.author == "model")
-    largest = sa.func.max(sa.func.abs(mine.c.value - draft.c.value))
-    return sa.select(largest).select_from(mine.join(draft, pair)).where(*both).scalar_subquery()
+def _distance(by):
+    "The largest difference of the scores of some people and the draft's."
+    scored, draft = current.alias(), current.alias()
+    pair = sa.and_(scored.c.image_id == draft.c.image_id, scored.c.measure == draft.c.measure)
+    both = (scored.c.image_id == images.c.id, by(scored.c.author), draft.c.author == "model")
+    largest = sa.func.max(sa.func.abs(scored.c.value - draft.c.value))
+    return sa.select(largest).select_from(scored.join(draft, pair)).where(*both).scalar_subquery()
+
+def _far(author):
+    "How far a person is from the draft; who has not scored gets how far the others are."
+    return sa.func.coalesce(_distance(lambda a: a == author), _distance(lambda a: a.startswith("u")))
 
 def _last_job(column):
     mine = jobs.c.image_id == images.c.id
@@ -89,16 +93,16 @@ def _is_flagged():
     mark = (current.c.image_id == images.c.id, current.c.author == "flag", current.c.value == 1)
     return sa.exists().where(*mark)
 
-def _is_scored_by(name):
-    by = sa.literal("u").concat(sa.cast(users.c.id, sa.String)) == current.c.author
-    return sa.exists().where(current.c.image_id == images.c.id, current.c.value.is_not(None), by, users.c.name == name)
+def _is_scored_by(person_id):
+    by = (current.c.image_id == images.c.id, current.c.author == f"u{person_id}", current.c.value.is_not(None))
+    return sa.exists().where(*by)
 
 def _is_revealed(user_id):
     return sa.exists().where(revealed.c.image_id == images.c.id, revealed.c.user_id == user_id)
 
 def _computed(person, study):
     "The columns that follow from events and jobs."
-    author, far = f"u{person.id}", _distance(f"u{person.id}")
+    author, far = f"u{person.id}", _far(f"u{person.id}")
     if hides_draft(study, person): far = sa.case((_is_revealed(person.id), far), else_=None)
     status = sa.case((images.c.file == "", "Missing"), else_=sa.func.coalesce(_last_job(jobs.c.state), "Missing"))
     return dict(done=_count_own(author, list(study.by_key)), far=far, status=status, flagged=_is_flagged())
@@ -107,7 +111,7 @@ def hides_draft(study: StudySettings, person: Person)->bool:
     "Whether drafts are hidden from a person until that person has scored; a viewer, who never scores, sees them."
     return study.blind_first and person.role != "viewer"
 
-# %% ../../nbs/review/store_images.ipynb #197d1f74
+# %% ../../nbs/review/store_images.ipynb #127f644f
 def _wanted(ask, of, study, person):
     "The conditions of a query."
     text = ask.search.strip().lower()
@@ -115,7 +119,7 @@ def _wanted(ask, of, study, person):
     if text: yield sa.or_(*(sa.func.lower(p).contains(text, autoescape=True) for p in places))
     if ask.group: yield images.c.group == ask.group
     if ask.status: yield of["status"] == ask.status
-    if ask.scorer: yield _is_scored_by(ask.scorer)
+    if ask.scorer is not None: yield _is_scored_by(ask.scorer)
     if ask.far is not None: yield of["far"] >= ask.far
     if ask.flagged is not None: yield of["flagged"] == ask.flagged
     if ask.changed is not None: yield images.c.changed == ask.changed
@@ -125,8 +129,8 @@ def _wanted(ask, of, study, person):
 
 def _order(ask, of):
     "What a query is sorted by; what has no value comes last."
-    by = dict(added=images.c.id, name=images.c.name, serial=images.c.serial, group=images.c.group, size=images.c.size,
-        status=of["status"], far=of["far"], mine=of["done"], scored=_last_scored())[ask.sort]
+    by = dict(created=images.c.id, name=images.c.name, serial=images.c.serial, group=images.c.group, size=images.c.size,
+        status=of["status"], far=of["far"], mine=of["done"], changed=_last_scored())[ask.sort]
     turn = sa.desc if ask.descending else sa.asc
     return [sa.nulls_last(turn(by)), turn(images.c.id)]
 
@@ -134,7 +138,7 @@ def _last_scored():
     mine = (current.c.image_id == images.c.id, current.c.author.startswith("u"))
     return sa.select(sa.func.max(current.c.event_id)).where(*mine).scalar_subquery()
 
-# %% ../../nbs/review/store_images.ipynb #26b48947
+# %% ../../nbs/review/store_images.ipynb #ee6bcaa6
 class ImagesPart(JobsPart):
     "Images of a study: registered, listed, looked at."
     def register(self, new: NewFile, user_id: int = None)->Registered:
@@ -149,6 +153,11 @@ class ImagesPart(JobsPart):
             told |= dict(sha256=new.sha256, changed=found.changed or not same)
             c.execute(images.update().where(images.c.id == found.id).values(**told))
             return Registered(found.id, same, not same, self._add_file(c, found.id, new, user_id))
+
+    def is_known(self, new: NewFile)->bool:
+        "Whether the bytes of a file are here under its name."
+        known = (images.c.name == new.name, images.c.sha256 == new.sha256, images.c.file != "")
+        with self.reading() as c: return c.execute(sa.select(images.c.id).where(*known)).first() is not None
 
     def _add_image(self, c, new, user_id, study):
         about = vars(new) | serial_of(new.name, study)._asdict()
@@ -196,7 +205,7 @@ class ImagesPart(JobsPart):
             seen = [e for e in told if not item["draft_hidden"] or e.user_id == person.id and e.kind != "consensus"]
             versions = c.execute(sa.select(files).where(files.c.image_id == image_id).order_by(files.c.id)).all()
             scores = {} if item["draft_hidden"] else self._scores_of_people(c, image_id, own)
-        people = [dict(name=names[i], scores=v) for i, v in sorted(scores.items())]
+        people = [dict(id=i, name=names[i], scores=v) for i, v in sorted(scores.items())]
         return item | dict(events=[_event(e, names) for e in seen], people=people,
             files=[dict(sha256=f.sha256, size=f.size, at=f.at, by=names.get(f.by)) for f in versions])
 
@@ -220,20 +229,26 @@ class ImagesPart(JobsPart):
         versions = _model_versions(c, ids)
         return [_item(r, values[r.id], own, r.id not in open_ids, versions.get(r.id)) for r in rows]
 
-    def next_unscored(self, person: Person, after: int = None, back: bool = False, among: list = None)->int:
+    def next_unscored(self, person: Person, after: int = None, back: bool = False, any_image: bool = False)->int:
         "The next image that a person has not scored wholly, beginning anew at the end; None where there is none."
         with self.reading() as c:
             study = self.settings_in(c)
-            left = sa.not_(_computed(person, study)["done"] >= len(study.by_key))
-            ids = c.execute(sa.select(images.c.id).where(left).order_by(images.c.id)).scalars().all()
-        if among is not None:
-            still = set(ids)
-            ids = [i for i in among if i in still]
-            later = ids[ids.index(after) + 1:] if after in ids else ids
-            return next(iter([*(i for i in later if i != after), *(i for i in ids if i != after)]), None)
-        if back: ids = ids[::-1]
-        beyond = [i for i in ids if after is not None and (i < after if back else i > after)]
-        return next(iter([*beyond, *(i for i in ids if i != after)]), None)
+            left = sa.true() if any_image else sa.not_(_computed(person, study)["done"] >= len(study.by_key))
+            number = images.c.id
+            beyond = sa.true() if after is None else (number < after if back else number > after)
+            first = sa.select(number).where(left, number != (after or 0)).limit(1)
+            first = first.order_by(number.desc() if back else number)
+            found = c.execute(first.where(beyond)).scalar()
+            return found if found is not None else c.execute(first).scalar()
+
+    def unscored_among(self, person: Person, ids: list)->list:
+        "Those of some images that a person has not scored wholly, in the order given."
+        with self.reading() as c:
+            study = self.settings_in(c)
+            whole = _computed(person, study)["done"] >= len(study.by_key)
+            scored = set(c.execute(sa.select(images.c.id).where(whole)).scalars())
+            there = set(c.execute(sa.select(images.c.id)).scalars())
+        return [i for i in ids if i in there - scored]
 
     def counts(self, person: Person)->dict:
         "How many images there are of each kind."
@@ -243,8 +258,9 @@ class ImagesPart(JobsPart):
             number = lambda *where: c.execute(sa.select(sa.func.count()).select_from(images).where(*where)).scalar_one()
             states = {state.lower(): number(of["status"] == state) for state in JOB_STATES}
             serials = c.execute(sa.select(images.c.serial).where(images.c.matched)).scalars()
-            return dict(images=number(), mine=number(of["done"] >= len(study.by_key)), flagged=number(of["flagged"]),
-                changed=number(images.c.changed), unmatched=number(sa.not_(images.c.matched)),
+            agreed = sa.exists().where(current.c.image_id == images.c.id, current.c.author == "consensus")
+            return dict(images=number(), consensus=number(agreed), mine_complete=number(of["done"] >= len(study.by_key)),
+                flagged=number(of["flagged"]), changed=number(images.c.changed), unmatched=number(sa.not_(images.c.matched)),
                 shared_serials=len(shared_serials(serials)), **states)
 
     def groups(self)->list:
@@ -258,7 +274,7 @@ class ImagesPart(JobsPart):
             told = serial_of(row.name, study)._asdict()
             c.execute(images.update().where(images.c.id == row.id).values(**told))
 
-# %% ../../nbs/review/store_images.ipynb #7a5bd511
+# %% ../../nbs/review/store_images.ipynb #d9e74ee0
 def _with_columns(of): return sa.select(images, *(value.label(name) for name, value in of.items()),
     _last_job(jobs.c.reason).label("reason"), _last_job(jobs.c.id).label("job"))
 
@@ -283,6 +299,6 @@ def _item(row, values, own, hidden, version):
 def _event(e, names):
     "An event as the page gets it."
     told = {name: getattr(e, name) for name in _EVENT_SHOWN}
-    return told | dict(person=names.get(e.user_id))
+    return told | dict(user=names.get(e.user_id))
 
 _EVENT_SHOWN = ("id", "uid", "measure", "value", "kind", "model_version", "draft_visible", "seconds", "at")

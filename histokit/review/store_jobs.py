@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from .schema import events, files, images, jobs, utc_now
 from .store_events import Conflict, EventsPart, NotThere
 
-# %% ../../nbs/review/store_jobs.ipynb #353d0401
+# %% ../../nbs/review/store_jobs.ipynb #202865c6
 LEASE = 60.          # seconds after which a job whose worker says nothing is free again
 MOST_ATTEMPTS = 5    # workers that may die on a job before it is given up
 
@@ -29,7 +29,8 @@ class JobsPart(EventsPart):
     "Jobs of a study: put in line, claimed, renewed, ended."
     def enqueue_in(self, c, image_id: int, file_id: int)->int:
         "Put a file in line, in a transaction that is open; the job's number."
-        line = dict(image_id=image_id, file_id=file_id, state="Pending", changed_at=utc_now(), **_FRESH)
+        now = utc_now()
+        line = dict(image_id=image_id, file_id=file_id, state="Pending", created_at=now, changed_at=now, **_FRESH)
         return c.execute(jobs.insert().values(**line).returning(jobs.c.id)).scalar_one()
 
     def claim(self, worker: str, lease: float = LEASE)->Claim:
@@ -91,9 +92,10 @@ class JobsPart(EventsPart):
             again = dict(state="Pending", changed_at=utc_now(), **_FRESH)
             c.execute(jobs.update().where(jobs.c.id == job_id).values(**again))
 
-    def jobs_in(self, state: str = "", since=None, limit: int = 1000)->list:
+    def jobs_in(self, state: str = "", since=None, limit: int = 1000, job_id: int = None)->list:
         "Jobs with the names of their images, the newest first."
         query = sa.select(jobs, images.c.name).join(images, images.c.id == jobs.c.image_id)
+        if job_id: query = query.where(jobs.c.id == job_id)
         if state: query = query.where(jobs.c.state == state)
         if since: query = query.where(jobs.c.changed_at >= since)
         with self.reading() as c: return c.execute(query.order_by(jobs.c.id.desc()).limit(limit)).all()

@@ -54,7 +54,7 @@ def parse_embedder(
     choose(options.get("fit", "own"), EMBEDDER_FITS, "fit")
     return EmbedderName(kind, name, options)
 
-# %% ../../nbs/retrieval/embedders.ipynb #2804b253
+# %% ../../nbs/retrieval/embedders.ipynb #8226b3d7
 _MEMORY = ("out of memory", "not enough memory", "can't allocate")
 
 @contextlib.contextmanager
@@ -86,6 +86,7 @@ class Embedder:
         transform,         # PIL image -> (C, H, W) scaled pixels
         *,
         preprocessing,     # what the transform does, as text
+        px: int = 224,     # side of the pictures that the model sees
         words=None,        # list of texts -> (n, D) tensor; None where there is no tower for text
         device: str = "auto",
         batch: int = 32,   # pictures at once
@@ -93,7 +94,8 @@ class Embedder:
         if batch < 1: raise BadInput(f"batch={batch}: give 1 or more")
         self.asked, self.device, self.batch = asked, pick_device(device), batch
         self.model, self.transform = model.to(self.device).eval(), transform
-        self.preprocessing, self.words, self._identity = preprocessing, words, None
+        self.preprocessing, self.px = preprocessing, px
+        self.words, self._identity = words, None
 
     def __repr__(self): return f"Embedder({self.asked}, {'pictures and words' if self.words else 'pictures'})"
 
@@ -146,7 +148,7 @@ def check_script(
         raise BadInput(f"'{text}' has letters that are {script.title()}; the encoder was trained on English, so ask in it")
     if not any(map(str.isalpha, text)): raise BadInput(f"'{text}' holds no word; ask for a finding, such as pneumonia")
 
-# %% ../../nbs/retrieval/embedders.ipynb #f937dc3a
+# %% ../../nbs/retrieval/embedders.ipynb #7bac4901
 class _Pooled(torch.nn.Module):
     "A timm encoder, with the pooling its authors use."
     def __init__(self, backbone, pool):
@@ -173,13 +175,16 @@ def timm_embedder(
     given = dict(asked.options)
     weights = str(given.get("weights", "package" if asked.name.split(".")[0] in PACKAGES else ""))
     options = dict(weights=weights, backbone_args=given.get("backbone_args", ""), pool=given.get("pool", ""))
-    model, facts = create_encoder(EncoderOptions(asked.name, unfreeze=0, **options))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)                               # weights=none: the same ones every time
+        model, facts = create_encoder(EncoderOptions(asked.name, unfreeze=0, **options))
     config = timm.data.resolve_model_data_config(model) | _FITS[given.get("fit", "own")]
     config |= dict(mean=facts["mean"], std=facts["std"], input_size=_timm_size(asked, facts))
     transform = timm.data.create_transform(**config, is_training=False)
-    return Embedder(asked, _Pooled(model, facts["pool"]), transform, preprocessing=one_line(transform), **how)
+    how |= dict(preprocessing=one_line(transform), px=config["input_size"][-1])
+    return Embedder(asked, _Pooled(model, facts["pool"]), transform, **how)
 
-# %% ../../nbs/retrieval/embedders.ipynb #f72b3929
+# %% ../../nbs/retrieval/embedders.ipynb #b1c60d87
 def _open_clip():
     "The package; `BadInput` where it is not installed."
     try: import open_clip
@@ -237,7 +242,9 @@ def clip_embedder(
             tokenize = open_clip.get_tokenizer(source["model_name"])
         except Exception as e:                             # the hub's client raises errors of many kinds
             raise _clip_error(asked, e, offline) from e
-    made = Embedder(asked, _Tower(model), transform, preprocessing=one_line(transform), **how)
+    size = getattr(model.visual, "image_size", 224)
+    how |= dict(preprocessing=one_line(transform), px=size if isinstance(size, int) else size[0])
+    made = Embedder(asked, _Tower(model), transform, **how)
     made.words = lambda lines: made.model.both.encode_text(tokenize(lines).to(made.device))
     return made
 

@@ -15,7 +15,7 @@ from ..core.files import make_dir
 from ..core.text import BadInput, one_line
 from .schema import meta, migrate
 
-# %% ../../nbs/review/database.ipynb #f2aeb3ba
+# %% ../../nbs/review/database.ipynb #ca481f90
 class DatabaseTrouble(BadInput):
     "The database cannot be used now; nothing was saved."
 
@@ -47,7 +47,9 @@ def _in_words():
     try: yield
     except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError) as e: raise _trouble(e) from e
     except sa.exc.DatabaseError as e:
-        if isinstance(e, (sa.exc.IntegrityError, sa.exc.DataError, sa.exc.ProgrammingError)): raise
+        if isinstance(e, sa.exc.DataError):
+            raise BadInput(f"the database cannot hold this ({one_line(e.orig)[:100]}); leave it out") from e
+        if isinstance(e, (sa.exc.IntegrityError, sa.exc.ProgrammingError)): raise
         raise _trouble(e) from e
 
 # %% ../../nbs/review/database.ipynb #4ccfa109

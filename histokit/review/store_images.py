@@ -138,7 +138,7 @@ def _last_scored():
     mine = (current.c.image_id == images.c.id, current.c.author.startswith("u"))
     return sa.select(sa.func.max(current.c.event_id)).where(*mine).scalar_subquery()
 
-# %% ../../nbs/review/store_images.ipynb #ee6bcaa6
+# %% ../../nbs/review/store_images.ipynb #fb4ea1ce
 class ImagesPart(JobsPart):
     "Images of a study: registered, listed, looked at."
     def register(self, new: NewFile, user_id: int = None)->Registered:
@@ -234,10 +234,10 @@ class ImagesPart(JobsPart):
         with self.reading() as c:
             study = self.settings_in(c)
             left = sa.true() if any_image else sa.not_(_computed(person, study)["done"] >= len(study.by_key))
-            number = images.c.id
-            beyond = sa.true() if after is None else (number < after if back else number > after)
-            first = sa.select(number).where(left, number != (after or 0)).limit(1)
-            first = first.order_by(number.desc() if back else number)
+            here = sa.select(images.c.name).where(images.c.id == after).scalar_subquery()
+            beyond = sa.true() if after is None else (images.c.name < here if back else images.c.name > here)
+            first = sa.select(images.c.id).where(left, images.c.id != (after or 0)).limit(1)
+            first = first.order_by(images.c.name.desc() if back else images.c.name)
             found = c.execute(first.where(beyond)).scalar()
             return found if found is not None else c.execute(first).scalar()
 
@@ -249,6 +249,16 @@ class ImagesPart(JobsPart):
             scored = set(c.execute(sa.select(images.c.id).where(whole)).scalars())
             there = set(c.execute(sa.select(images.c.id)).scalars())
         return [i for i in ids if i in there - scored]
+
+    def unscored_by_all(self)->list:
+        "The images with a file that nobody has scored wholly, as rows."
+        with self.reading() as c:
+            keys = list(self.settings_in(c).by_key)
+            of = (current.c.value.is_not(None), current.c.measure.in_(keys), current.c.author.startswith("u"))
+            whole = sa.select(current.c.image_id).where(*of).group_by(current.c.image_id, current.c.author)
+            whole = whole.having(sa.func.count() >= len(keys))
+            left = sa.select(images).where(images.c.file != "", images.c.id.not_in(whole))
+            return c.execute(left.order_by(images.c.id)).all()
 
     def counts(self, person: Person)->dict:
         "How many images there are of each kind."
@@ -274,7 +284,7 @@ class ImagesPart(JobsPart):
             told = serial_of(row.name, study)._asdict()
             c.execute(images.update().where(images.c.id == row.id).values(**told))
 
-# %% ../../nbs/review/store_images.ipynb #d9e74ee0
+# %% ../../nbs/review/store_images.ipynb #54a00637
 def _with_columns(of): return sa.select(images, *(value.label(name) for name, value in of.items()),
     _last_job(jobs.c.reason).label("reason"), _last_job(jobs.c.id).label("job"))
 
@@ -291,7 +301,7 @@ def _item(row, values, own, hidden, version):
     "An image as the page gets it; of what is hidden there is nothing in it."
     told = {name: getattr(row, name) for name in _SHOWN} | dict(flagged=bool(row.flagged), reason=row.reason or "")
     others = [author for author in values if author.startswith("u") and author != own]
-    told |= dict(mine=values.get(own, {}), others=len(others), draft_hidden=hidden)
+    told |= dict(status=None if row.status == "Missing" else row.status, mine=values.get(own, {}), others=len(others), draft_hidden=hidden)
     if hidden: return told | dict(draft=None, consensus=None, far=None, model_version=None)
     draft = values.get("model")
     return told | dict(draft=draft, consensus=values.get("consensus"), far=row.far, model_version=version if draft else None)

@@ -78,7 +78,7 @@ def _stage_choices(stages):
 
 PUBLISHED_SCORER = ScorerSettings(method="finetune", backbone="resnet18", weights="", cuts="round", views="none")
 
-# %% ../../nbs/review/scorer_training.ipynb #dcc321a4
+# %% ../../nbs/review/scorer_training.ipynb #0f0cc998
 @dataclass
 class ScoredCrops:
     "Pictures with their scores."
@@ -92,14 +92,20 @@ class ScoredCrops:
     def unit(self)->np.ndarray: # (n, M) from 0 to 1
         return unit_scores(self.scores, self.measures)
 
+def _check_range(scores, measure):
+    "`BadInput` for a score outside its scale; a consensus may lie between two steps."
+    outside = scores[(scores < measure.low) | (scores > measure.high)]
+    if not len(outside): return
+    scale = f"{measure.low:g} to {measure.high:g}"
+    raise BadInput(f"{measure.name}: {outside.iloc[0]:g} is outside its scale, {scale}; mend the table")
+
 def _check_table(table, measures):
     "The rows that have every score; `BadInput` where a column or a sample lacks."
     keys = [m.key for m in measures]
     lacking = [c for c in ("path", "group", *keys) if c not in table]
     if lacking: raise BadInput(f"the table of scores has no column {lacking[0]}")
     whole = table[table[keys].notna().all(axis=1)]
-    for m in measures:
-        for value in whole[m.key].unique(): m.check(float(value))
+    for m in measures: _check_range(whole[m.key], m)
     samples = whole.group.nunique()
     if samples >= 3: return whole
     have = f"{len(whole)} pictures of {samples} samples have every score"

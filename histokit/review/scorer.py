@@ -103,19 +103,19 @@ class ScoreDataset(BatchDataset):
             image = torch.stack([dihedral(x, int(k)) for x, k in zip(image, turns)])
         return dict(image=image), self.target[torch.as_tensor(np.asarray(rows))]
 
-# %% ../../nbs/review/scorer.ipynb #e5d70afb
+# %% ../../nbs/review/scorer.ipynb #74c4b445
 class Draft(dict):
-    "Scores by measure; `raw` is the answer in the measure's units, `spread` how far views and heads lie apart."
-    def __init__(self, scores, raw, spread):
+    "Scores by measure; `raw`: before the cuts; `spread`: of views and heads; `features`: what the encoders saw."
+    def __init__(self, scores, raw, spread, features):
         super().__init__(scores)
-        self.raw, self.spread = raw, spread
+        self.raw, self.spread, self.features = raw, spread, features
 
     @property
     def uncertainty(self)->float:
         "The mean spread over measures."
         return float(np.mean(list(self.spread.values())))
 
-# %% ../../nbs/review/scorer.ipynb #4d580897
+# %% ../../nbs/review/scorer.ipynb #d647857b
 _FORMAT, _KEY = 1, "histokit_scorer"
 _NEEDED = ("measures", "code", "heads", "input_px", "views", "cuts", "networks")
 
@@ -167,34 +167,33 @@ class Scorer:
         return score_pixels(path, self.config["input_px"], self.stain)
 
     @torch.inference_mode()
-    def answers(self, pixels)->np.ndarray: # (n, px, px, 3) uint8 -> (V, n, heads, M)
-        "Every view's and head's answers as shares of the scales."
+    def answers(self, pixels)->tuple: # (n, px, px, 3) uint8 -> (V, n, heads, M), (n, D) float32
+        "Every view's and head's answers as shares of the scales, and the features of the first view."
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)
         views = torch.cat([view(image) for view in find_views(self.config["views"])])
-        out = torch.stack([network(views) for network in self.networks]).mean(0)
+        seen = [network.encode(views) for network in self.networks]
+        out = torch.stack([network.from_features(f) for network, f in zip(self.networks, seen)]).mean(0)
         out = out.unflatten(1, (self.config["heads"], self.code.n_outputs)).unflatten(0, (-1, len(pixels)))
-        return self.code.decode(out).numpy()
+        return self.code.decode(out).numpy(), torch.cat(seen, 1)[:len(pixels)].numpy().astype(np.float32)
 
     def drafts(self, pixels)->list: # (n, px, px, 3) uint8 -> n drafts
         "The draft of each picture."
-        answers = self.answers(pixels)
+        answers, features = self.answers(pixels)
         unit = answers[:, :, 0].mean(0)
         spread = np.moveaxis(answers, 1, 0).reshape(len(unit), -1, len(self.measures)).std(1)
         scores, keys = cut_scores(unit, self.config["cuts"], self.measures), [m.key for m in self.measures]
         width = np.array([m.high - m.low for m in self.measures])
         raw = unit * width + [m.low for m in self.measures]
         rows = zip(*(table.tolist() for table in (scores, raw, spread * width)))
-        return [Draft(*(dict(zip(keys, part)) for part in row)) for row in rows]
+        return [Draft(*(dict(zip(keys, part)) for part in row), f) for row, f in zip(rows, features)]
 
     def draft(self, path)->Draft:
         "The draft of a picture file; `BadInput` where it cannot be read."
         return self.drafts(self.pixels(path)[None])[0]
 
-    @torch.inference_mode()
     def features(self, path)->np.ndarray: # (D,) float32
-        "What the encoders see in a picture file."
-        image = torch.from_numpy(self.pixels(path)[None]).permute(0, 3, 1, 2)
-        return torch.cat([network.encode(image) for network in self.networks], 1)[0].numpy().astype(np.float32)
+        "What the encoders see in a picture file; a draft has it too."
+        return self.draft(path).features
 
     def attention(self, path, measure: str)->np.ndarray: # (px, px) float32 from 0 to 1
         "Where in a picture file the evidence for a higher score of a measure lies (Grad-CAM)."

@@ -77,7 +77,7 @@ class PeoplePart(ImagesPart):
 
 def _manages(row): return bool(row["active"] and row["role"] == "admin" and row["password"])
 
-# %% ../../nbs/review/store.ipynb #08751cc6
+# %% ../../nbs/review/store.ipynb #24966597
 class Store(PeoplePart):
     "A study: its folder and its database."
     def study_id(self)->str:
@@ -104,15 +104,16 @@ class Store(PeoplePart):
         if not (self.folder/place).exists(): _copy_whole(path, self.folder/place)
         row = dict(version=version, file=place, created_at=utc_now(), metrics=plain(metrics or {}), active=False)
         with self.writing() as c:
-            c.execute(self.insert_new(models).values(**row).on_conflict_do_nothing(index_elements=["version"]))
+            insert = self.insert_new(models).values(**row)
+            c.execute(insert.on_conflict_do_update(index_elements=["version"], set_=dict(file=place)))
         if activate: self.use_model(version)
         return version
 
     def use_model(self, version: str)->int:
         "Let a model draft: earlier drafts of it come back, other images are put in line; how many of these."
         with self.writing() as c:
-            known = c.execute(sa.select(models.c.version)).scalars().all()
-            choose(version, known, "model")
+            known = dict(c.execute(sa.select(models.c.version, models.c.file)).all())
+            if not known[choose(version, known, "model")]: raise BadInput(f"the file of model {version} is not here; add it")
             c.execute(models.update().values(active=models.c.version == version))
             self._bring_back(c, version)
         return self.enqueue_missing(version)

@@ -66,7 +66,7 @@ def rebuild_score_network(
     own = {k: config[k] for k in ("n_outputs", "stages", "dropout")}
     return create_score_network(**own, **encoder_settings(config))
 
-# %% ../../nbs/review/scorer.ipynb #90b71ae7
+# %% ../../nbs/review/scorer.ipynb #df4ab380
 def score_pixels(
     path,                    # a picture file of any size
     px: int,                 # side of the square
@@ -75,7 +75,7 @@ def score_pixels(
     "A picture as a scorer sees it."
     square = read_square(path, px).pixels
     rgb = square if square.ndim == 3 else np.repeat(square[..., None], 3, -1)
-    return np.ascontiguousarray(stain.transform(rgb) if stain else rgb)
+    return np.array(stain.transform(rgb) if stain else rgb)
 
 class ScoreDataset(BatchDataset):
     "Squares of bytes with targets; where `augment` is set, each epoch turns and mirrors them anew."
@@ -115,7 +115,7 @@ class Draft(dict):
         "The mean spread over measures."
         return float(np.mean(list(self.spread.values())))
 
-# %% ../../nbs/review/scorer.ipynb #d647857b
+# %% ../../nbs/review/scorer.ipynb #369b6550
 _FORMAT, _KEY = 1, "histokit_scorer"
 _NEEDED = ("measures", "code", "heads", "input_px", "views", "cuts", "networks")
 
@@ -208,7 +208,7 @@ class Scorer:
         stages = network.config["stages"]
         info = network.backbone.feature_info
         layer = info[_stage_index(network.backbone, stages)[-1]]["module"] if stages else None
-        return grad_cam(_OneScore(network, self.code, index), image, 1, layer)
+        return grad_cam(_OneScore(network, self.code, index).eval(), image, 1, layer)      # it puts back what it found
 
     def save(self, path)->str:
         "Write the one file, whole or not at all; gives the version."

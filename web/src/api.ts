@@ -1,5 +1,5 @@
 // Calls of the server. An answer that is no success becomes an ApiError with the server's own line.
-import type { Account, Agreement, ImageDetail, Item, Job, Scores, Session, Study } from './types'
+import type { Account, ActiveImage, Agreement, EventBody, ImageDetail, ImageList, Item, Job, Scores, Session, Study, StudyChange, UploadAnswer } from './types'
 
 export class ApiError extends Error {
   readonly status: number
@@ -57,17 +57,15 @@ export function queryString(q: Record<string, unknown>): string {
   return new URLSearchParams(parts.map(([k, v]) => [k, String(v)])).toString()
 }
 
-export interface EventBody { uid: string; measure: string; value: number | null; seconds: number; draft_visible: boolean }
-
 export const api = {
   session: () => call<Session>('GET', '/api/session'),
-  setup: (name: string, password: string) => call<Session>('POST', '/api/setup', { name, password }),
+  setup: (name: string, password: string, code: string) => call<Session>('POST', '/api/setup', { name, password, code }),
   login: (name: string, password: string) => call<Session>('POST', '/api/login', { name, password }),
   logout: () => call<void>('POST', '/api/logout', {}),
   study: () => call<Study>('GET', '/api/study'),
-  changeStudy: (change: Partial<Study>) => call<Study>('PATCH', '/api/study', change),
+  changeStudy: (change: StudyChange) => call<Study>('PATCH', '/api/study', change),
   images: (q: Partial<Query>, offset: number, limit: number) =>
-    call<{ total: number; items: Item[] }>('GET', `/api/images?${queryString({ ...q, offset, limit })}`),
+    call<ImageList>('GET', `/api/images?${queryString({ ...q, offset, limit })}`),
   image: (id: number) => call<ImageDetail>('GET', `/api/images/${id}`),
   next: (after: number | null, direction: 'next' | 'previous', order: string) =>
     call<{ id: number | null }>('GET', `/api/next?${queryString({ after, direction, order })}`),
@@ -79,9 +77,9 @@ export const api = {
     call<Item>('PUT', `/api/images/${id}/consensus`, { uid, scores }),
   jobs: (state?: string) => call<Job[]>('GET', `/api/jobs?${queryString({ state })}`),
   retry: (id: number) => call<Job>('POST', `/api/jobs/${id}/retry`, {}),
-  folder: (path: string) => call<unknown>('POST', '/api/folder', { path }),
+  folder: (path: string) => call<UploadAnswer>('POST', '/api/folder', { path }),
   agreement: () => call<Agreement>('GET', '/api/agreement'),
-  active: () => call<{ id: number; reason: string }[]>('GET', '/api/active'),
+  active: () => call<ActiveImage[]>('GET', '/api/active'),
   people: () => call<Account[]>('GET', '/api/people'),
   addPerson: (body: { name: string; password: string; role: string }) => call<Account>('POST', '/api/people', body),
   changePerson: (id: number, body: Record<string, unknown>) => call<Account>('PATCH', `/api/people/${id}`, body),

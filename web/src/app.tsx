@@ -70,7 +70,7 @@ function Refused() {
         const key = e.edit.kind === 'score' ? e.edit.measure : e.edit.kind
         const name = measures.value.find((m) => m.key === key)?.name ?? key
         return (
-          <p key={e.key}><span>Not saved: {name} of {itemOf(e.edit.image).value?.serial ?? `picture ${e.edit.image}`}. {e.refused}</span>
+          <p key={e.key}><span>Not saved: {name} of {itemOf(e.edit.image).value?.serial || `picture ${e.edit.image}`}. {e.refused}</span>
             <a href={`#/review/${e.edit.image}`}>Look</a><button type="button" class="link" onClick={() => discard(e)}>Give it up</button></p>
         )
       })}
@@ -113,7 +113,7 @@ const titles: Record<string, string> = { images: 'Pictures', image: 'Picture', u
 function useTitle() {
   useEffect(() => {
     const id = Number(parts.value[1])
-    const page = titles[parts.value[0] ?? ''] ?? (id ? itemOf(id).value?.serial ?? 'Review' : 'Review')
+    const page = titles[parts.value[0] ?? ''] ?? (id ? itemOf(id).value?.serial || 'Review' : 'Review')
     document.title = `${page} · ${study.value?.name ?? 'histokit review'}`
   }, [address.value, study.value?.name])
 }

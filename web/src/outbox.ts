@@ -1,8 +1,8 @@
 // Edits on their way to the server. Each lies in localStorage under its own key until the server has answered,
 // so that neither a lost network nor a closed tab loses one; its uid makes a second sending harmless.
 import { computed, signal } from '@preact/signals'
-import { ApiError, api, type EventBody } from './api'
-import type { Item, Scores } from './types'
+import { ApiError, api } from './api'
+import type { EventBody, Item, Scores } from './types'
 
 export type Edit =
   | { kind: 'score'; uid: string; image: number; measure: string; value: number | null; seconds: number; draft_visible: boolean }

@@ -18,7 +18,17 @@ function tileSource(item: Item): OpenSeadragon.TileSourceOptions & { getTileUrl:
     getTileUrl: (level: number, x: number, y: number) => `/api/images/${id}/tiles/${level}/${x}_${y}.jpg?${version(item)}` }
 }
 
+// OpenSeadragon adds a style sheet to the page unless it finds one of its own there; a strict Content-Security-Policy
+// forbids that, so it finds an element of the name that is no style sheet. Our own sheet has the rule.
+function withoutInlineSheet() {
+  if (document.querySelector('style[data-openseadragon-mobile-css]')) return
+  const stand = document.createElementNS('urn:histokit', 'style')
+  stand.setAttribute('data-openseadragon-mobile-css', 'true')
+  document.head.append(stand)
+}
+
 function newViewer(element: HTMLElement): OpenSeadragon.Viewer {
+  withoutInlineSheet()
   return OpenSeadragon({ element, drawer: 'canvas', showNavigationControl: false, animationTime: 0.35, springStiffness: 9,
     visibilityRatio: 0.6, minZoomImageRatio: 0.8, maxZoomPixelRatio: 6, zoomPerScroll: 1.35, zoomPerClick: 1,
     immediateRender: true, imageLoaderLimit: 6, timeout: 60_000, placeholderFillStyle: 'transparent',

@@ -10,10 +10,11 @@ interface Props {
   class?: string
   follow?: number                       // a row that is to be in sight
   onRange: (first: number, last: number) => void
+  head?: ComponentChildren              // stays in sight above the rows
   row: (index: number) => ComponentChildren
 }
 
-export function Virtual({ count, height, label, follow, onRange, row, class: extra }: Props) {
+export function Virtual({ count, height, label, follow, onRange, row, head, class: extra }: Props) {
   const box = useRef<HTMLDivElement>(null)
   const span = useSignal({ top: 0, view: 600 })
   const first = Math.max(0, Math.floor(span.value.top / height) - 6)
@@ -36,9 +37,10 @@ export function Virtual({ count, height, label, follow, onRange, row, class: ext
   }, [follow, count])
 
   return (
-    <div class={`virtual ${extra ?? ''}`} ref={box} onScroll={measure} role="list" aria-label={label} tabIndex={0}>
-      <div class="virtual-all" style={{ height: `${count * height}px` }}>
-        <div class="virtual-part" style={{ transform: `translateY(${first * height}px)` }}>
+    <div class={`virtual ${extra ?? ''}`} ref={box} onScroll={measure} tabIndex={0} aria-label={label} role="region">
+      {head}
+      <div class="virtual-all" role="list" style={{ height: `${count * height}px` }}>
+        <div class="virtual-part" role="presentation" style={{ transform: `translateY(${first * height}px)` }}>
           {Array.from({ length: Math.max(0, last - first) }, (_, i) => row(first + i))}
         </div>
       </div>

@@ -32,7 +32,7 @@ function Row({ index, current }: { index: number; current: number }) {
     <div role="listitem" class="work-slot">
       <a class={`work-row ${item.id === current ? 'current' : ''}`} href={`#/review/${item.id}`} aria-current={item.id === current ? 'true' : undefined}>
         <img src={thumb(item, 88)} alt="" width="44" height="44" loading="lazy" decoding="async" />
-        <span class="work-text"><b>{item.serial ?? item.name}</b><Progress id={item.id} /></span>
+        <span class="work-text"><b>{item.serial || item.name}</b><Progress id={item.id} /></span>
         {item.flagged && <span class="work-flag"><Icon name="flag" size={14} /><span class="hidden">flagged</span></span>}
       </a>
     </div>

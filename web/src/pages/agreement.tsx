@@ -113,7 +113,7 @@ function Split({ image, measure, low, high }: Agreement['most_split'][number]) {
   return (
     <a class="split" href={`#/review/${image}`}>
       {item && <img src={thumb(item, 176)} alt="" width="88" height="88" loading="lazy" />}
-      <span><b>{item?.serial ?? `Picture ${image}`}</b><small>{m?.name ?? measure}: {shown(low, m)} to {shown(high, m)}</small></span>
+      <span><b>{item?.serial || `Picture ${image}`}</b><small>{m?.name ?? measure}: {shown(low, m)} to {shown(high, m)}</small></span>
     </a>
   )
 }
@@ -148,7 +148,7 @@ function NextOne({ id, reason }: { id: number; reason: string }) {
   useEffect(() => { if (!item) void readImage(id).catch(() => null) }, [id])
   return (
     <a class="split" href={`#/review/${id}`}>{item && <img src={thumb(item, 176)} alt="" width="88" height="88" loading="lazy" />}
-      <span><b>{item?.serial ?? `Picture ${id}`}</b><small>{reason}</small></span></a>
+      <span><b>{item?.serial || `Picture ${id}`}</b><small>{reason}</small></span></a>
   )
 }
 

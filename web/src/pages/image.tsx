@@ -57,13 +57,13 @@ export function ImagePage({ id }: { id: number }) {
   const item = itemOf(id).value ?? d
   return (
     <div class="page">
-      <header class="page-head"><h1>{item.serial ?? item.name}</h1><StateChip item={item} /><span class="spring" />
+      <header class="page-head"><h1>{item.serial || item.name}</h1><StateChip item={item} /><span class="spring" />
         <a class="button main" href={`#/review/${id}`}><Icon name="review" /><span>Score it</span></a></header>
       <div class="image-facts">
         <img src={thumb(item, 320)} alt={`Tissue picture ${item.name}`} />
         <dl>
           <dt>File</dt><dd>{item.name}{!item.matched && <Chip tone="warn" title="The name does not fit the study’s pattern">name not recognised</Chip>}</dd>
-          <dt>Group</dt><dd>{item.group ?? '–'}</dd>
+          <dt>Group</dt><dd>{item.group || '–'}</dd>
           <dt>Size</dt><dd>{item.width && item.height ? `${item.width} × ${item.height} px` : '–'}</dd>
           <dt>Resolution</dt><dd>{item.um_per_px ? `${Number(item.um_per_px.toPrecision(3))} µm per pixel` : 'unknown'}</dd>
           <dt>Added</dt><dd>{when(item.created_at)}</dd>

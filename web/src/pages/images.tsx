@@ -58,8 +58,8 @@ function Row({ index }: { index: number }) {
   return (
     <div role="listitem" class={`image-row ${index % 2 ? 'odd' : ''}`}>
       <a class="c-thumb" href={`#/review/${item.id}`} tabIndex={-1} aria-hidden="true"><img src={thumb(item, 88)} alt="" width="44" height="44" loading="lazy" decoding="async" /></a>
-      <span class="c-name"><a href={`#/review/${item.id}`}><b>{item.serial ?? item.name}</b></a><small title={item.name}>{item.name}</small></span>
-      <span class="c-group">{item.group ?? '–'}</span>
+      <span class="c-name"><a href={`#/review/${item.id}`}><b>{item.serial || item.name}</b></a><small title={item.name}>{item.name}</small></span>
+      <span class="c-group">{item.group || '–'}</span>
       <span class="c-mine"><Digits scores={mine} beside={item.draft} /></span>
       <span class="c-draft">{item.draft_hidden ? <span class="none" title="Blind first: score it and the draft appears">hidden</span> : <Digits scores={item.draft} />}</span>
       <span class="c-consensus"><Digits scores={item.consensus} /></span>
@@ -69,7 +69,17 @@ function Row({ index }: { index: number }) {
         {item.changed && <span class="state warn" title="Another picture came under this name">changed</span>}
         {overlaidFlag(item.id, item.flagged) && <span class="flagged"><Icon name="flag" size={14} /><span class="hidden">flagged</span></span>}</span>
       <span class="c-added">{when(item.created_at)}</span>
-      <a class="c-more" href={`#/image/${item.id}`} aria-label={`Every change of ${item.serial ?? item.name}`} title="Every change"><Icon name="clock" size={16} /></a>
+      <a class="c-more" href={`#/image/${item.id}`} aria-label={`Every change of ${item.serial || item.name}`} title="Every change"><Icon name="clock" size={16} /></a>
+    </div>
+  )
+}
+
+function Head() {
+  return (
+    <div class="image-head">
+      <span class="c-thumb" />
+      {columns.map(([title, by, c]) => <span key={title} class={c}><Sorter title={title} by={by} /></span>)}
+      <span class="c-more" />
     </div>
   )
 }
@@ -85,14 +95,9 @@ export function Images() {
       <Filters />
       {listTrouble.value && <p class="notice bad">{listTrouble.value}</p>}
       <div class="image-table">
-        <div class="image-head">
-          <span class="c-thumb" />
-          {columns.map(([title, by, c]) => <span key={title} class={c}><Sorter title={title} by={by} /></span>)}
-          <span class="c-more" />
-        </div>
         {total.value === 0 && loaded.value > 0
           ? <p class="nothing">{all ? 'No picture fits these filters.' : <>No pictures yet. <a href="#/upload">Add some.</a></>}</p>
-          : <Virtual count={total.value} height={60} label="Pictures" onRange={want} row={(i) => <Row key={i} index={i} />} />}
+          : <Virtual count={total.value} height={60} label="Pictures" onRange={want} head={<Head />} row={(i) => <Row key={i} index={i} />} />}
       </div>
     </div>
   )

@@ -8,6 +8,7 @@ function useForm(send: (name: string, password: string) => Promise<unknown>) {
   const name = useSignal('')
   const password = useSignal('')
   const again = useSignal('')
+  const code = useSignal('')
   const wrong = useSignal('')
   const busy = useSignal(false)
   const submit = async (e: Event) => {
@@ -22,7 +23,7 @@ function useForm(send: (name: string, password: string) => Promise<unknown>) {
     }
     busy.value = false
   }
-  return { name, password, again, wrong, busy, submit }
+  return { name, password, again, code, wrong, busy, submit }
 }
 
 function Frame({ title, note, children }: { title: string; note: string; children: preact.ComponentChildren }) {
@@ -51,7 +52,7 @@ export function Login() {
 export function Setup() {
   const f = useForm((name, password) => {
     if (password !== f.again.value) throw new ApiError(422, 'The two passwords differ.')
-    return api.setup(name, password)
+    return api.setup(name, password, f.code.value.trim())
   })
   return (
     <Frame title="A new study" note="Make the account of its administrator; further people are added by this account.">
@@ -59,6 +60,7 @@ export function Setup() {
         <Field label="Your name" note="It stands beside each of your scores."><input name="username" required autoFocus autoComplete="username" value={f.name.value} onInput={(e) => { f.name.value = e.currentTarget.value }} /></Field>
         <Field label="Password" note="At least eight characters."><input name="password" type="password" required minLength={8} autoComplete="new-password" value={f.password.value} onInput={(e) => { f.password.value = e.currentTarget.value }} /></Field>
         <Field label="Password again"><input name="again" type="password" required autoComplete="new-password" value={f.again.value} onInput={(e) => { f.again.value = e.currentTarget.value }} /></Field>
+        {session.value?.setup_code_needed && <Field label="Code" note="The terminal in which the server runs shows it."><input required autoComplete="off" value={f.code.value} onInput={(e) => { f.code.value = e.currentTarget.value }} /></Field>}
         {f.wrong.value && <p class="notice bad" role="alert">{f.wrong.value}</p>}
         <Button type="submit" look="main" disabled={f.busy.value}>Begin</Button>
       </form>

@@ -8,10 +8,10 @@ import { Button, Dialog, Field, Spinner, when } from '../ui'
 
 const roles: [Role, string][] = [['viewer', 'looks'], ['scorer', 'looks and scores'], ['admin', 'scores, adds people, changes the study']]
 
-function RoleSelect({ value, onChange, label }: { value: Role; onChange: (r: Role) => void; label: string }) {
+function RoleSelect({ value, onChange, label, short }: { value: Role; onChange: (r: Role) => void; label: string; short?: boolean }) {
   return (
     <select value={value} aria-label={label} onChange={(e) => onChange(e.currentTarget.value as Role)}>
-      {roles.map(([r, what]) => <option key={r} value={r}>{`${r}: ${what}`}</option>)}
+      {roles.map(([r, what]) => <option key={r} value={r}>{short ? r : `${r}: ${what}`}</option>)}
     </select>
   )
 }
@@ -68,14 +68,15 @@ export function People() {
     <div class="page">
       <header class="page-head"><h1>People</h1></header>
       <NewPerson onDone={read} />
+      <h2>Everyone</h2>
       {!all.value ? <Spinner /> : (
         <div class="table-frame"><table class="table">
-          <thead><tr><th scope="col">Name</th><th scope="col">Role</th><th scope="col">Since</th><th scope="col"><span class="hidden">Actions</span></th></tr></thead>
+          <thead><tr><th scope="col">Name</th><th scope="col">Role</th><th scope="col" class="wide-only">Since</th><th scope="col"><span class="hidden">Actions</span></th></tr></thead>
           <tbody>{all.value.map((p) => (
             <tr key={p.id} class={p.active ? '' : 'inactive'}>
               <th scope="row">{p.name}{p.id === session.value?.user?.id && <small> (you)</small>}{!p.active && <small> (cannot sign in)</small>}</th>
-              <td><RoleSelect label={`Role of ${p.name}`} value={p.role} onChange={(role) => void change(p, { role })} /></td>
-              <td class="nowrap">{when(p.created_at)}</td>
+              <td><RoleSelect short label={`Role of ${p.name}`} value={p.role} onChange={(role) => void change(p, { role })} /></td>
+              <td class="nowrap wide-only">{when(p.created_at)}</td>
               <td class="actions">
                 <Button look="quiet" onClick={() => { changing.value = p }}>New password</Button>
                 {p.id !== session.value?.user?.id && (p.active

@@ -6,7 +6,7 @@ import { keyTable, useKeys } from '../keys'
 import { enqueue, newUid, overlaid, overlaidFlag } from '../outbox'
 import { allowed, complete, given, missing, shown, stepped } from '../scores'
 import { ScoreRow } from '../score_panel'
-import { go, imageChanged, isAdmin, itemOf, listOpen, mayScore, measures, readImage, say, study } from '../state'
+import { address, go, imageChanged, isAdmin, itemOf, listOpen, mayScore, measures, readImage, say, study } from '../state'
 import type { ImageDetail, Item, Measure, Scores } from '../types'
 import { Button, Chip, Dialog, Empty, Icon, Spinner } from '../ui'
 import { Viewer, warm } from '../viewer'
@@ -43,10 +43,10 @@ export function Review({ id }: { id: number | null }) {
 }
 
 async function first() {
+  const still = address.value
   const next = await api.next(null, 'next', 'unscored').catch(() => null)
-  if (next?.id) return go(`/review/${next.id}`)
-  const any = await api.images({ ...anyQuery }, 0, 1).catch(() => null)
-  if (any?.items[0]) go(`/review/${any.items[0].id}`)
+  const id = next?.id ?? (await api.images({ ...anyQuery }, 0, 1).catch(() => null))?.items[0]?.id
+  if (id && address.value === still) go(`/review/${id}`)
 }
 
 function Nothing() {
@@ -209,8 +209,8 @@ function ScoreSide({ item, detail, mine, act, active, onHelp }: SideProps) {
         <div class="score-actions">
           {done || !seen
             ? <Button look="main" icon="right" hint="n" onClick={() => void act.onward('next')}>Next unscored</Button>
-            : <Button look="main" icon="check" hint="Enter" onClick={act.accept}>Take over the draft</Button>}
-          <Button icon="undo" hint="u" onClick={act.undo}>Undo</Button>
+            : <Button look="main" icon="check" hint="Enter" onClick={act.accept}>Accept draft</Button>}
+          <Button icon="undo" hint="u" title="Undo the last change" onClick={act.undo}>Undo</Button>
         </div>
       )}
       <Others item={item} detail={detail} />
@@ -230,7 +230,7 @@ function Head({ item, act }: { item: Item; act: Actions }) {
   return (
     <header class="side-head">
       <div class="side-title">
-        <h1>{item.serial ?? item.name}</h1>
+        <h1>{item.serial || item.name}</h1>
         <Button look="quiet" icon="flag" class={flagged ? 'flagged' : ''} aria-pressed={flagged} hint="x" disabled={!mayScore.value}
           aria-label={flagged ? 'Take the flag away' : 'Flag for discussion'} title="Flag for discussion" onClick={act.flag} />
         <Button look="quiet" icon="left" aria-label="Previous picture" title="Previous picture (←)" onClick={() => void act.along(-1)} />
@@ -250,7 +250,7 @@ function Notices({ item }: { item: Item }) {
   return (
     <>
       {item.changed && <p class="notice warn">Another picture came under this name: the scores are those of the earlier one, please look again.</p>}
-      {item.status === 'Failed' && <p class="notice bad">No draft: {item.reason ?? 'the picture could not be read'}</p>}
+      {item.status === 'Failed' && <p class="notice bad">No draft: {item.reason || 'the picture could not be read'}</p>}
       {(item.status === 'Pending' || item.status === 'Processing') && <p class="notice">The draft is being made; you can score already.</p>}
       {item.draft_hidden && <p class="notice">Blind first: the draft appears once you have scored all {measures.value.length}.</p>}
       {!study.value?.model && item.status !== 'Failed' && <NoModel />}

@@ -2,8 +2,8 @@
 import { useSignal } from '@preact/signals'
 import { api } from '../api'
 import { attempt, isAdmin, refreshList, say, study } from '../state'
-import type { Measure, Study } from '../types'
-import { Button, Field, Spinner } from '../ui'
+import type { Measure, Study, StudyChange } from '../types'
+import { Button, Field, Spinner, when } from '../ui'
 import { ExportMenu } from '../export_menu'
 
 const blank: Measure = { key: '', name: '', low: 0, high: 4, step: 1 }
@@ -42,7 +42,7 @@ function Settings({ s }: { s: Study }) {
   const changed = (Object.keys(f) as (keyof Draft)[]).filter((k) => JSON.stringify(f[k]) !== JSON.stringify(s[k]))
   const save = async (e: Event) => {
     e.preventDefault()
-    const answer = await attempt(api.changeStudy(Object.fromEntries(changed.map((k) => [k, f[k]])) as Partial<Study>))
+    const answer = await attempt(api.changeStudy(Object.fromEntries(changed.map((k) => [k, f[k]])) as StudyChange))
     if (!answer) return
     study.value = answer
     form.value = draftOf(answer)
@@ -73,28 +73,35 @@ function Settings({ s }: { s: Study }) {
   )
 }
 
-const number = (v: unknown) => (typeof v === 'number' ? (Number.isInteger(v) ? String(v) : v.toFixed(3)) : typeof v === 'object' ? JSON.stringify(v) : String(v))
+const number = (v: unknown) => (typeof v === 'number' && !Number.isInteger(v) ? v.toFixed(3) : String(v))
+
+const countWord: Record<keyof Study['counts'], string> = { images: 'pictures', mine_complete: 'scored by me', consensus: 'with a consensus',
+  flagged: 'flagged', changed: 'changed since scored', unmatched: 'with a name that does not fit', shared_serials: 'that share a serial',
+  pending: 'waiting', processing: 'in work', completed: 'drafted', failed: 'failed' }
+const always: string[] = ['images', 'mine_complete', 'completed']
 
 function Model({ s }: { s: Study }) {
   if (!s.model) return (
     <div class="card"><p>This study has no model: scoring works without drafts.</p>
       <p>Give one with <code>histokit review STUDY --model FILE</code>, or train one of the study’s own scores: <code>histokit review train STUDY</code>.</p></div>
   )
-  const metrics = Object.entries(s.model.metrics ?? {})
+  const metrics = Object.entries(s.model.metrics).filter(([, v]) => typeof v !== 'object')
+  const earlier = s.models.filter((m) => !m.active)
   return (
-    <div class="card"><p>Drafts come from model <b>{s.model.version}</b>.</p>
-      {metrics.length > 0 && <dl class="metrics">{metrics.map(([k, v]) => <div key={k}><dt>{k}</dt><dd>{number(v)}</dd></div>)}</dl>}</div>
+    <div class="card"><p>Drafts come from model <b>{s.model.version}</b>, here since {when(s.model.created_at)}.</p>
+      {metrics.length > 0 && <dl class="metrics">{metrics.map(([k, v]) => <div key={k}><dt>{k.replaceAll('_', ' ')}</dt><dd>{number(v)}</dd></div>)}</dl>}
+      {earlier.length > 0 && <p class="quiet-text">Earlier models: {earlier.map((m) => m.version).join(', ')}</p>}</div>
   )
 }
 
 export function StudyPage() {
   const s = study.value
   if (!s) return <div class="page"><Spinner /></div>
-  const counts = Object.entries(s.counts)
+  const counts = (Object.entries(s.counts) as [keyof Study['counts'], number][]).filter(([k, v]) => v > 0 || always.includes(k))
   return (
     <div class="page">
       <header class="page-head"><h1>Study</h1></header>
-      <div class="tallies">{counts.map(([k, v]) => <span key={k}><b>{v}</b> {k.replaceAll('_', ' ')}</span>)}</div>
+      <div class="tallies">{counts.map(([k, v]) => <span key={k}><b>{v}</b> {countWord[k]}</span>)}</div>
       <h2>Export</h2>
       <div class="card"><p>The whole study, with every name and time. The table of events (long) can be read back with <code>histokit review import</code>.</p><ExportMenu /></div>
       <h2>Model</h2><Model s={s} />

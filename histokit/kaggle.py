@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['upload_text', 'cargo', 'build_kernel', 'carried', 'check_kernel', 'check_kernels']
 
-# %% ../nbs/07_kaggle.ipynb #41467e6a
+# %% ../nbs/07_kaggle.ipynb #2e99ed92
 import ast, base64, importlib, json, lzma, os, re, shlex
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +15,7 @@ import histokit
 from .core.checks import error, note, warning
 from .core.files import atomic, make_dir, sha256_of, write_json
 from .core.runs import assets
-from .core.text import BadInput, did_you_mean, one_line, some_of
+from .core.text import BadInput, comma_parts, did_you_mean, one_line, some_of
 from .pipeline import WORDS, find_recipe, read_recipe, recipe_task, resolve
 
 # %% ../nbs/07_kaggle.ipynb #49bf95dc
@@ -107,11 +107,11 @@ def _cargo_hash(files: dict)->str:
     "One short hash of everything carried."
     return sha256_of(files)[:12]
 
-# %% ../nbs/07_kaggle.ipynb #f4fdf93e
+# %% ../nbs/07_kaggle.ipynb #6f5340e3
 _SHOWN_OF_SPOTS = ("answers", "context", "crossval", "kriging", "lattice", "network", "patches", "predict",
     "prepare", "register", "settings", "slides", "splits", "targets")
-_SHOWN_OF_PICTURES = ("augment", "calibrate", "classification", "classifier", "classify_settings", "duplicates", "folds",
-    "prepared", "settings")
+_SHOWN_OF_PICTURES = ("augment", "calibrate", "classification", "classifier", "classify_settings", "duplicates",
+    "folds", "prepared", "settings")
 _LEGIBLE = ("histokit/learn/", "histokit/frozen/", "histokit/tissue/",
     *(f"histokit/spots/{page}.py" for page in _SHOWN_OF_SPOTS),
     *(f"histokit/pictures/{page}.py" for page in _SHOWN_OF_PICTURES))
@@ -264,13 +264,13 @@ else:
     display(answer.head())
 '''
 
-# %% ../nbs/07_kaggle.ipynb #8efcf3b7
+# %% ../nbs/07_kaggle.ipynb #31df6f7b
 _NO_FILE = ("", *WORDS["weights"])       # values of `weights` that name no file
 
 def _weights_of(recipe, weights):
     "The weights of each encoder: as they are given to `build_kernel`, or else to the recipe."
     asked = weights or resolve(read_recipe(find_recipe(recipe))).get("weights", "")
-    return [part.strip() for part in asked.split(",")]
+    return comma_parts(asked)
 
 def _needs_hub(
     recipe: str, weights: str,    # as they are given to `build_kernel`
@@ -469,7 +469,7 @@ def _machine_findings(
     if not (hub or packages) and meta.get("enable_internet") is True:
         yield warning("enable_internet is true, and nothing needs it", "set it to false")
 
-# %% ../nbs/07_kaggle.ipynb #c1a37908
+# %% ../nbs/07_kaggle.ipynb #ac43dc0c
 _FORMS = dict(competition_sources=("[^/]+", "slug"),
     dataset_sources=("[^/]+/[^/]+(/[0-9]+)?", "owner/slug"), kernel_sources=("[^/]+/[^/]+(/[0-9]+)?", "owner/slug"),
     model_sources=("([^/]+/){4}[0-9]+", "owner/model/framework/variation/version"))
@@ -489,7 +489,7 @@ def _source_findings(
     if competition and competition not in (meta.get("competition_sources") or []):
         yield error(f"{competition} is not among competition_sources",
             "add it, and accept its rules on the competition's page")
-    is_file = any(part.strip() not in _NO_FILE for part in weights.split(","))
+    is_file = any(part not in _NO_FILE for part in comma_parts(weights))
     if is_file and not (meta.get("dataset_sources") or meta.get("model_sources")):
         yield error(f"weights '{weights}' are in no input", "build with --dataset OWNER/SLUG")
 

@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_r
            'task_parameters', 'resolve', 'stage_settings', 'check_values', 'absolute_paths', 'check_space', 'stage_key',
            'data_fingerprint', 'first_key', 'Progress', 'check_asked', 'prepare_asked', 'run_pipeline', 'run_report']
 
-# %% ../nbs/06_pipeline.ipynb #2f76f77a
+# %% ../nbs/06_pipeline.ipynb #d6cf90fb
 import contextlib, importlib, re, shutil, time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,7 +22,7 @@ from .core.progress import Heartbeat, Screen, duration
 from .core.runs import (RunFolder, StageBook, assets, earlier_seconds, package_fingerprint, provenance,
     remove_unfinished, run_lock)
 from .core.stop import at_stop
-from .core.text import BadInput, choose, did_you_mean, one_line, typed
+from .core.text import BadInput, choose, comma_parts, did_you_mean, one_line, typed
 
 # %% ../nbs/06_pipeline.ipynb #2a5f90b9
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def check_values(
     made = {stage.name: stage_settings(stage, ask[stage.name]) for stage in task.stages}
     if hasattr(importlib.import_module(task.module), "check_settings"): task.call("check_settings", made)
 
-# %% ../nbs/06_pipeline.ipynb #2872bd2b
+# %% ../nbs/06_pipeline.ipynb #48f25f71
 PATHS = ("data_path", "truth_path", "weights")
 _OF_WEIGHTS = 'use none, package, a local file, or "" for the hub'
 WORDS = dict(data_path=("demo",), weights=("none", "package"))      # values that are no paths
@@ -193,7 +193,7 @@ def absolute_paths(
     found = {}
     for name in PATHS:
         value = ask.get(name, "")
-        parts = [part.strip() for part in value.split(",")] if name == "weights" else [value]   # one for each encoder
+        parts = comma_parts(value) if name == "weights" else [value]       # one for each encoder
         found[name] = ",".join(_absolute(name, part) for part in parts)
     return ask.put(**{name: value for name, value in found.items() if value})
 
@@ -216,7 +216,7 @@ def check_space(
         size = f"needs about {need / 1e9:.1f} GB and {run} has {free / 1e9:.1f} GB left"
         raise BadInput(f"the run {size}; free some space, or give another --run-dir")
 
-# %% ../nbs/06_pipeline.ipynb #7972d831
+# %% ../nbs/06_pipeline.ipynb #50d50f9e
 WAYS = ("run_dir", "progress", "workers", "cache_mb")      # they change the way, not the result
 
 def stage_key(
@@ -241,7 +241,7 @@ def first_key(
     ask: Ask, data: str,         # parameters, and the data's fingerprint
 )->str:
     "What all stages depend on: the data, the package and the files that parameters name."
-    files = [*ask.get("weights", "").split(","), ask.get("truth_path", "")]
+    files = [*comma_parts(ask.get("weights", "")), ask.get("truth_path", "")]
     parts = [data, package_fingerprint(), *(file_fingerprint(f) for f in files if f and Path(f).is_file())]
     return sha256_of(*parts)
 

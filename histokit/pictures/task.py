@@ -25,13 +25,12 @@ from .picture_answers import check_picture_answer
 from .prepared import open_pictures
 from .settings import PictureSettings
 
-# %% ../../nbs/pictures/task.ipynb #2aff3103
+# %% ../../nbs/pictures/task.ipynb #498e4934
 _LAYOUTS = "with train/ and train_labels.csv, or class folders"
 
-def _settings_of(ask):
-    "The settings of the first two stages."
-    flat = {name: value for params in ask.values() for name, value in params.items()}
-    return settings_from(PictureSettings, flat), settings_from(ClassifySettings, flat)
+def _settings_of(ask, kind):
+    "The settings of a stage."
+    return settings_from(kind, {name: value for params in ask.values() for name, value in params.items()})
 
 def prepare(
     ask,                  # stage -> parameters, with `get` and `put`
@@ -45,14 +44,24 @@ def prepare(
         folder = run/"demo"
         if not folder.exists(): toy_pictures(make_dir(folder))
         ask = ask.put(data_path=str(folder.resolve()))
-    pictures, how = _settings_of(ask)
+    pictures, how = _settings_of(ask, PictureSettings), _settings_of(ask, ClassifySettings)
     table = find_pictures(ask.get("data_path"), pictures)
     task = LabelTask(table.kind, tuple(table.classes))
     task.check(how)
-    if how.method == "finetune" and pictures.folds < 3 and pictures.split != "site":
-        raise BadInput("method=finetune needs three folds: to train, to choose the epoch, to hold out; give folds=3")
+    _check_folds(table, pictures, how)
     if table.form is not None: answer_values(task, [[.5] * len(task.columns)], table.form)
     return ask, _bytes_needed(len(table.items), pictures, how)
+
+_WHAT_FOLDS_DO = dict(finetune="to train, to choose the epoch, to hold out",
+    probe="to hold out, and two to choose the penalty between")
+
+def _check_folds(table, pictures, how):
+    "`BadInput` where there are fewer folds than the method needs."
+    sites = table.train.site.nunique()
+    if (sites if pictures.split == "site" else pictures.folds) >= 3: return
+    needs = f"method={how.method} needs three folds: {_WHAT_FOLDS_DO[how.method]}"
+    if pictures.split != "site": raise BadInput(f"{needs}; give folds=3")
+    raise BadInput(f"{needs}; split=site makes {sites}, use split=auto, which reports each left-out site as well")
 
 def _bytes_needed(n, pictures, how):
     "About what a run writes: the pictures as squares, a model a fold, figures."
@@ -91,14 +100,14 @@ def report(
     there = {what: where for what, where in places.items() if "*" in where or run.has(where)}
     return "\n".join([*lines, "", *(f"{what:12}{home}/{where}" for what, where in there.items())])
 
-# %% ../../nbs/pictures/task.ipynb #a21a82f9
+# %% ../../nbs/pictures/task.ipynb #5e6ef05e
 def find_data(
     root,                 # /kaggle, or a folder that stands for it
     ask,                  # stage -> parameters, with `get`
     competition: str = "",  # its slug: its folder is preferred
 )->dict:                  # the parameters that say where the data are
     "The folder of labelled pictures that is mounted below a root; `BadInput` where there is none, or several."
-    settings, _ = _settings_of(ask)
+    settings = _settings_of(ask, PictureSettings)
     inputs = mounted_folders(root)
     found = {p: top for top in inputs for p in topmost_folders(top, lambda folder: holds_labels(folder, settings))}
     if not found:

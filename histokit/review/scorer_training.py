@@ -6,7 +6,7 @@
 __all__ = ['SCORER_METHODS', 'PUBLISHED_SCORER', 'ScorerSettings', 'ScoredCrops', 'read_crops', 'Trained', 'train_probe',
            'train_finetuned', 'held_out_scores', 'train_scorer', 'as_scorer']
 
-# %% ../../nbs/review/scorer_training.ipynb #0647a3c3
+# %% ../../nbs/review/scorer_training.ipynb #8b680ed4
 from dataclasses import asdict, dataclass
 from functools import partial
 import time
@@ -26,12 +26,12 @@ from ..learn.trainer import Trainer, TrainSettings
 from ..learn.views import VIEWS, find_views
 from .measures import as_measures
 from .ordinal import CODES, CUTS, OrdinalCode, cut_scores, fit_cuts, unit_scores
-from .scorer import ScoreDataset, Scorer, create_score_network, score_pixels
+from .scorer import ScoreDataset, Scorer, create_score_network, repaint_crops, score_pixels
 from .scores import baseline_sentence, compare_answers, degeneracy, mean_kappa_columns, mean_kappa_value
 from ..tissue.measure import STAIN_METHODS
 from ..tissue.normalise import StainNormalizer
 
-# %% ../../nbs/review/scorer_training.ipynb #e6566ece
+# %% ../../nbs/review/scorer_training.ipynb #9ddfaf72
 SCORER_METHODS = ("probe", "finetune", "auto")
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class ScorerSettings:
     stages: str = "auto"         # of a probe: "" the pooled end, "-3,-2" statistics of stages; auto chooses
     input_px: int = 224          # side of the square that a picture becomes
     stain: str = "none"          # or a stain method: every picture is repainted as the training crops
+    stain_by: str = "picture"    # what a stain is measured over: picture, or sample, where pictures are small
     views: str = "flips"         # whose answers are averaged
     cuts: str = "matched"        # or round
     loss: str = "mse"            # of finetune: mse, corn or soft
@@ -62,6 +63,7 @@ class ScorerSettings:
         choose(self.loss, CODES, "loss")
         choose(self.views, VIEWS, "views")
         choose(self.stain, ("none", *STAIN_METHODS), "stain")
+        choose(self.stain_by, ("picture", "sample"), "stain_by")
         if self.input_px < 32: raise BadInput(f"input_px={self.input_px}: give 32 or more; 224 is usual")
         if self.folds < 2: raise BadInput(f"folds={self.folds}: samples are held out in turn, so give 2 or more")
         if self.method != "probe" and "," in self.backbone:
@@ -78,7 +80,7 @@ def _stage_choices(stages):
 
 PUBLISHED_SCORER = ScorerSettings(method="finetune", backbone="resnet18", weights="", cuts="round", views="none")
 
-# %% ../../nbs/review/scorer_training.ipynb #0f0cc998
+# %% ../../nbs/review/scorer_training.ipynb #6b29e55a
 @dataclass
 class ScoredCrops:
     "Pictures with their scores."
@@ -132,7 +134,7 @@ def read_crops(
     if left_out: log(f"{left_out} of {len(table)} pictures lack a score and were left out")
     pixels = np.stack([score_pixels(p, settings.input_px) for p in track(whole.path, "pictures read")])
     stain = _common_stain(settings.stain, pixels)
-    if stain: pixels = np.stack([stain.transform(p) for p in pixels])
+    if stain: pixels = repaint_crops(pixels, stain, whole.group if settings.stain_by == "sample" else None)
     scores = whole[[m.key for m in measures]].to_numpy(float)
     return ScoredCrops(pixels, scores, whole.group.to_numpy(), measures, stain)
 

@@ -68,7 +68,7 @@ def is_not_worse(
     if apart["value"] is None or apart["low"] is None: return False
     return apart["value"] >= 0 and apart["low"] >= -margin
 
-# %% ../../nbs/review/study_train.ipynb #2f1b6ca6
+# %% ../../nbs/review/study_train.ipynb #a9eb5a96
 def _frozen_in(store, table):
     "The frozen samples of a study, noted in it."
     already = store.get_meta("frozen_groups", [])
@@ -104,7 +104,7 @@ def train_study(
     table = store.consensus_table()
     frozen = _frozen_in(store, table)
     kept = table.group.isin(frozen)
-    log(f"{len(table)} crops have a consensus; {int(kept.sum())} of {len(frozen)} frozen samples are kept out")
+    log(f"{len(table)} crops have a consensus; {int(kept.sum())} are of frozen samples and are kept out")
     with tempfile.TemporaryDirectory(dir=store.folder) as place:
         file = Path(place)/"model.safetensors"
         metrics = train_scorer(table[~kept], measures, settings, file, log)

@@ -315,7 +315,7 @@ def explore_command(
     if html: typer.echo(write_explorer(html, scene, max_mb, **view))
     else: serve_explorer(scene, port, not no_browser, typer.echo, **view)
 
-# %% ../nbs/cli.ipynb #4a8bbf65
+# %% ../nbs/cli.ipynb #b0648e15
 class _StudyFirst(typer.core.TyperGroup):
     "Takes what is no command for the folder of a study."
     def parse_args(self, ctx, args):
@@ -347,7 +347,8 @@ def _opened(study):
 @command(review, "open", "review open my_study --port 8700")
 def review_open(
     study: Annotated[Path, typer.Argument(help="folder of the study; an empty or new one becomes a study")],
-    port: _Port = 8700, host: Annotated[str, typer.Option(help="0.0.0.0 lets others in, who then log in")] = "127.0.0.1",
+    port: _Port = 8700, host: Annotated[str,
+    typer.Option(help="0.0.0.0 lets others in, who then log in")] = "127.0.0.1",
     no_browser: _NoBrowser = False,
     model: Annotated[Optional[Path], typer.Option(help="file of a model that drafts, or a run's folder")] = None,
     measures: Annotated[str, typer.Option(help="of a new study: pancreas, pancreas_quarter")] = "",
@@ -366,8 +367,8 @@ def review_demo(
     only_make: Annotated[bool, typer.Option("--only-make", help="make the study and open nothing")] = False):
     "Open a study of painted crops with known scores, and a small model that drafts them."
     _review_parts()
-    from histokit.review.serve import Address, make_demo, serve_review
-    store = make_demo(study, say=typer.echo)
+    from histokit.review.serve import Address, demo_study, serve_review
+    store = demo_study(study, say=typer.echo)
     if only_make: typer.echo(f"open it with: histokit review {study}")
     else: serve_review(store, Address(port=port), not no_browser, typer.echo)
 
@@ -392,7 +393,7 @@ def review_import(
 @command(review, "users", "review users my_study --add Anna --role admin")
 def review_users(
     study: _Study,
-    add: Annotated[str, typer.Option(help="open an account; the password is asked for, or read from standard input")] = "",
+    add: Annotated[str, typer.Option(help="open an account; its password is asked for, or read from stdin")] = "",
     role: Annotated[str, typer.Option(help="viewer, scorer or admin")] = "scorer",
     close: Annotated[str, typer.Option(help="close an account; its scores stay")] = "",
     password: Annotated[str, typer.Option(help="name of an account that gets a new password")] = "",

@@ -53,13 +53,14 @@ def _failed(request, error):
     print(f"histokit: {request.method} {request.url.path} failed\n{where}", file=sys.stderr, flush=True)
     return JSONResponse(dict(detail="something went wrong in the server; its terminal says what"), 500)
 
-# %% ../../nbs/review/api.ipynb #a2e47708
+# %% ../../nbs/review/api.ipynb #02e459e8
 CSP = ("default-src 'self'; img-src 'self' data: blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'self'")
 _HEADERS = {"content-security-policy": CSP, "x-content-type-options": "nosniff", "x-frame-options": "DENY",
     "referrer-policy": "same-origin", "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin", "permissions-policy": "camera=(), microphone=(), geolocation=()"}
 _MOST_BODY = 2 << 20      # bytes of a question that is no upload
+_TOO_LONG = "the question is too long; send less at once"
 
 class Envelope:
     "Puts the same headers on every answer, and reads no more of a question than it may have."
@@ -73,7 +74,7 @@ class Envelope:
             if message["type"] == "http.response.start": message["headers"] = _all_headers(message, scope["path"])
             await send(message)
         if limited and (not length.isdigit() or int(length) > _MOST_BODY):
-            return await JSONResponse(dict(detail="the question is too long; send less at once"), 413)(scope, receive, told)
+            return await JSONResponse(dict(detail=_TOO_LONG), 413)(scope, receive, told)
         await self.app(scope, _counted(receive) if limited else receive, told)
 
 def _all_headers(message, path):
@@ -89,11 +90,11 @@ def _counted(receive):
         nonlocal read
         message = await receive()
         read += len(message.get("body", b""))
-        if read > _MOST_BODY: raise Refused(413, "the question is too long; send less at once")
+        if read > _MOST_BODY: raise Refused(413, _TOO_LONG)
         return message
     return limited
 
-# %% ../../nbs/review/api.ipynb #58bbeea6
+# %% ../../nbs/review/api.ipynb #79e7376e
 class News:
     "What has happened since it was last asked."
     def __init__(self, store: Store):
@@ -118,7 +119,7 @@ class News:
         found = self.store.jobs_in(since=since - timedelta(seconds=2), limit=500)
         fresh = [job for job in reversed(found) if self._jobs.get(job.id) != job.changed_at]
         self._jobs = {job.id: job.changed_at for job in found}
-        return [("job", forms.JobShown.model_validate(job, from_attributes=True).model_dump(mode="json")) for job in fresh]
+        return [("job", _as_json(job)) for job in fresh]
 
     def _changed_images(self):
         "Numbers of events may come a little out of order, so the last ones are looked at again."
@@ -129,6 +130,8 @@ class News:
         self._told.extend(e.id for e in found if e.id not in self._told)
         self._last = max([self._last, *(e.id for e in found)])
         return [("image", dict(id=i)) for i in dict.fromkeys(e.image_id for e in fresh)]
+
+def _as_json(job): return forms.JobShown.model_validate(job, from_attributes=True).model_dump(mode="json")
 
 def _message(kind, value): return f"event: {kind}\ndata: {json.dumps(value)}\n\n"
 

@@ -34,9 +34,11 @@ def plain_text(text: str)->str:
     "The text that `safe_text` was given."
     return text[1:] if text.startswith("'") else text
 
-# %% ../../nbs/review/export.ipynb #0831b254
-LONG = ("row", "kind", "image", "serial", "group", "measure", "value", "author", "role", "model_version", "draft_visible",
-    "seconds", "at", "uid", "sha256", "size", "width", "height", "um_per_px", "matched", "changed", "image_created_at", "note")
+# %% ../../nbs/review/export.ipynb #4a466c32
+LONG = ("row", "kind", "image", "serial", "group", "measure", "value", "author", "role", "model_version",
+    "draft_visible",
+    "seconds", "at", "uid", "sha256", "size", "width", "height", "um_per_px", "matched", "changed", "image_created_at",
+    "note")
 _TEXTS = ("image", "serial", "group", "measure", "author", "role", "model_version", "uid", "note")
 
 def _cell(name, value):
@@ -74,7 +76,8 @@ def _study_rows(c, store):
     for p in c.execute(sa.select(users).order_by(users.c.id)):
         yield dict(kind="person", author=p.name, role=p.role, at=p.created_at, note="open" if p.active else "closed")
     for m in c.execute(sa.select(models).order_by(models.c.id)):
-        yield dict(kind="model", model_version=m.version, at=m.created_at, note=json.dumps(m.metrics, ensure_ascii=False))
+        yield dict(kind="model", model_version=m.version, at=m.created_at,
+            note=json.dumps(m.metrics, ensure_ascii=False))
 
 _OF_EVENT = ("uid", "kind", "measure", "value", "model_version", "draft_visible", "seconds", "at")
 
@@ -94,7 +97,7 @@ def long_lines(store: Store)->Iterator[str]:
     with store.reading() as c:
         for told in _long_rows(c, store): yield writer.row(told)
 
-# %% ../../nbs/review/export.ipynb #4155e409
+# %% ../../nbs/review/export.ipynb #0a2f9340
 def _columns_of(store, c):
     "The columns of the wide form, and what gives each its value."
     study = store.settings_in(c)
@@ -121,7 +124,8 @@ def wide_lines(store: Store)->Iterator[str]:
         last = sa.select(events.c.image_id, sa.func.max(events.c.at)).where(events.c.kind != "draft")
         scored = dict(c.execute(last.group_by(events.c.image_id)).all())
     agreed = [f"consensus_{key}" for key in study.by_key]
-    writer = _Writer(("row", "image", *_OF_IMAGE, "flagged", "model_version", *columns, *agreed, "scored_at", "created_at"))
+    writer = _Writer(("row", "image", *_OF_IMAGE, "flagged", "model_version", *columns, *agreed, "scored_at",
+        "created_at"))
     yield writer.head()
     for i, told in about.items():
         held = values.get(i, {})
@@ -139,7 +143,7 @@ def write_export(
         f.writelines(wide_lines(store) if wide else long_lines(store))
     return Path(path)
 
-# %% ../../nbs/review/export.ipynb #aa5003b7
+# %% ../../nbs/review/export.ipynb #9f5ba3a5
 _KINDS_OF_ROW = ("study", "person", "model", "file", *KINDS_OF_EVENT)
 
 def _time(text):
@@ -166,9 +170,10 @@ def _read_rows(path):
         with open(path, encoding="utf-8-sig", newline="") as f:
             reader = csv.DictReader(f)
             missing = [c for c in LONG if c not in (reader.fieldnames or ())]
-            if missing: raise BadInput(f"{path} has no column '{missing[0]}'; give a file that export wrote in long form")
+            if missing: raise BadInput(f"{path} has no column '{missing[0]}'; give a long export")
             for row in reader:
-                if None in row or None in row.values(): raise BadInput(f"{path}, line {reader.line_num}: a row is cut off")
+                whole = None not in row and None not in row.values()
+                if not whole: raise BadInput(f"{path}, line {reader.line_num}: a row is cut off")
                 yield reader.line_num, {k: plain_text(v) if k in _TEXTS else v for k, v in row.items()}
     except OSError as e: raise read_error(path, e) or BadInput(f"{path} cannot be read ({e.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as e: raise BadInput(f"{path} is no CSV in UTF-8 ({one_line(e)})") from None
@@ -181,7 +186,8 @@ class _Loader:
     def take(self, row):
         kind = row["kind"]
         if kind not in _KINDS_OF_ROW: raise BadInput(f"kind '{kind[:40]}' is none of {', '.join(_KINDS_OF_ROW)}")
-        {"study": self._study, "person": self._person, "model": self._model, "file": self._file}.get(kind, self._event)(row)
+        special = dict(study=self._study, person=self._person, model=self._model, file=self._file)
+        special.get(kind, self._event)(row)
 
     def _study(self, row): self.store.put_meta_in(self.c, "settings", as_settings(_json(row)).to_dict())
 
@@ -193,7 +199,8 @@ class _Loader:
         self.people[row["author"]] = found
 
     def _model(self, row):
-        told = dict(version=row["model_version"], file="", created_at=_time(row["at"]), metrics=_json(row), active=False)
+        told = dict(version=row["model_version"], file="", created_at=_time(row["at"]), metrics=_json(row),
+            active=False)
         self._new(models, told)
 
     def _file(self, row):
@@ -211,7 +218,8 @@ class _Loader:
         return named | sizes | marks | more
 
     def _event(self, row):
-        if row["image"] not in self.images: raise BadInput(f"image '{row['image'][:40]}' has no row of kind file before")
+        known = row["image"] in self.images
+        if not known: raise BadInput(f"image '{row['image'][:40]}' has no row of kind file before")
         texts = {name: row[name] for name in ("uid", "measure", "kind")}
         numbers = {name: _number(row[name], name) for name in ("value", "seconds")}
         by = None if row["kind"] == "draft" else self._by(row)
@@ -224,7 +232,8 @@ class _Loader:
         if row["author"] in self.people: return self.people[row["author"]]
         raise BadInput(f"author '{row['author'][:40]}' has no row of kind person before")
 
-    def _new(self, table, values): return self.c.execute(table.insert().values(**values).returning(table.c.id)).scalar_one()
+    def _new(self, table, values):
+        return self.c.execute(table.insert().values(**values).returning(table.c.id)).scalar_one()
 
 def _json(row):
     try: return json.loads(row["note"])
@@ -236,11 +245,13 @@ def import_csv(
 )->int:                # how many events
     "Read a long export into an empty study: all of it or nothing. Its people get passwords afterwards."
     with store.writing() as c:
-        if c.execute(sa.select(images.c.id).limit(1)).first(): raise Conflict("this study has images; import into an empty one")
-        loader, line = _Loader(store, c), 0
-        try:
-            for line, row in _read_rows(path): loader.take(row)
-        except sa.exc.IntegrityError: raise BadInput(f"{path}, line {line}: something is there twice, or missing") from None
-        except BadInput as e: raise e if str(path) in str(e) else BadInput(f"{path}, line {line}: {e}") from None
+        filled = c.execute(sa.select(images.c.id).limit(1)).first()
+        if filled: raise Conflict("this study has images; import into an empty one")
+        loader = _Loader(store, c)
+        for line, row in _read_rows(path):
+            try: loader.take(row)
+            except sa.exc.IntegrityError:
+                raise BadInput(f"{path}, line {line}: something is there twice, or missing") from None
+            except BadInput as e: raise BadInput(f"{path}, line {line}: {e}") from None
         store.rebuild_in(c)
         return c.execute(sa.select(sa.func.count()).select_from(events)).scalar_one()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PRESETS', 'SERIAL_PATTERN', 'Measure', 'as_measures', 'StudySettings', 'as_settings']
 
-# %% ../../nbs/review/measures.ipynb #f8193ccf
+# %% ../../nbs/review/measures.ipynb #b811c1aa
 import math, re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 
 from ..core.text import BadInput, choose
 

@@ -39,7 +39,7 @@ def shared_serials(
     "Serials that do not name one image."
     return {serial: n for serial, n in sorted(Counter(serials).items()) if n > 1}
 
-# %% ../../nbs/review/naming.ipynb #4d18e631
+# %% ../../nbs/review/naming.ipynb #96d8f4d6
 _MOST = 255     # characters of a name
 
 def clean_name(
@@ -52,7 +52,8 @@ def clean_name(
     if not last.strip("."): raise BadInput("a file without a name; rename it")
     if any(unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") for c in last) or _BIDI & set(last):
         raise BadInput(f"{_shown(name)}: the name has characters that no screen shows; rename the file")
-    if len(last) > _MOST: raise BadInput(f"{_shown(last)}: the name has {len(last)} characters, {_MOST} at most; shorten it")
+    if len(last) > _MOST:
+        raise BadInput(f"{_shown(last)}: the name has {len(last)} characters, {_MOST} at most; shorten it")
     return last
 
 _BIDI = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")     # they show a name backwards

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tiles_path', 'ready_tiles', 'seen_path', 'Drafter', 'work_on', 'worker_name', 'run_worker', 'Worker', 'map_path',
-           'draw_map']
+           'draws_maps', 'draw_attention']
 
 # %% ../../nbs/review/queue.ipynb #b048d9ca
 import contextlib, os, socket, subprocess, sys, threading, time, uuid
@@ -150,7 +150,7 @@ def _main(folder, name, lease):
     _lower_priority()
     run_worker(folder, float(lease), ended=gone.is_set, name=name)
 
-# %% ../../nbs/review/queue.ipynb #6d7dd0c4
+# %% ../../nbs/review/queue.ipynb #d04314af
 class Worker:
     "A worker process, started anew when it dies; what it held is given back at once."
     def __init__(self, store: Store, lease: float = LEASE):
@@ -170,7 +170,8 @@ class Worker:
         code += f"_main({str(self.store.folder)!r}, {self.name!r}, {self.lease})"
         url = self.store.url.render_as_string(hide_password=False)
         there = os.environ | dict(DATABASE_URL=url, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"))
-        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=there)
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env=there)
 
     def _watch(self):
         "Start the process, and again a moment after it died."
@@ -191,7 +192,7 @@ class Worker:
         self.process.stdin.close()
         with contextlib.suppress(DatabaseTrouble): self.store.release(self.name)
 
-# %% ../../nbs/review/queue.ipynb #0567e946
+# %% ../../nbs/review/queue.ipynb #f6bb50e0
 def map_path(
     store: Store,
     version: str,   # of a model
@@ -201,7 +202,12 @@ def map_path(
     "Where the map of a measure lies."
     return store.folder/"maps"/version/f"{Path(file).stem}-{measure}.png"
 
-def draw_map(
+def draws_maps()->bool:
+    "Import what a map needs, ahead of the first one."
+    from histokit.review import scorer
+    return scorer is not None
+
+def draw_attention(
     model: str,     # its file
     picture: str,   # its file
     measure: str,

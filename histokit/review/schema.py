@@ -146,11 +146,9 @@ def add_missing(
 
 MIGRATIONS = [("0001", add_missing)]      # version, and the step to it from the one before
 
-# %% ../../nbs/review/schema.ipynb #4a1af218
+# %% ../../nbs/review/schema.ipynb #30bc311a
 def _script(version, before, step):
     "A step as alembic knows it."
-    from alembic.operations import Operations
-    from alembic.runtime.migration import MigrationContext
     from alembic.script.base import Script
     module = types.ModuleType(f"step_{version}")
     def upgrade(): step(module.op)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLES', 'PeoplePart', 'Store', 'consensus_of']
 
-# %% ../../nbs/review/store.ipynb #592c500a
+# %% ../../nbs/review/store.ipynb #6baad76d
 import shutil, uuid
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import sqlalchemy as sa
 
 from ..core.files import file_sha256, make_dir, plain, sha256_of
 from ..core.text import BadInput, choose
-from .measures import StudySettings, as_settings
-from .schema import current, events, files, images, jobs, models, users, utc_now
+from .measures import StudySettings
+from .schema import current, events, files, images, models, users, utc_now
 from .store_events import Conflict, NotThere
 from .store_images import ImagesPart, Person
 
-# %% ../../nbs/review/store.ipynb #1e312294
+# %% ../../nbs/review/store.ipynb #e04fcdf5
 ROLES = ("viewer", "scorer", "admin")      # each may do what those before it may
 
 class PeoplePart(ImagesPart):
@@ -36,7 +36,8 @@ class PeoplePart(ImagesPart):
         "Open an account; its number. With `first`, only where nobody can log in yet."
         name = " ".join(str(name).split())
         if not 1 <= len(name) <= 80 or not name.isprintable(): raise BadInput("a name has 1 to 80 characters")
-        row = dict(name=name, role=choose(role, ROLES, "role"), password=password_hash, active=True, created_at=utc_now())
+        row = dict(name=name, role=choose(role, ROLES, "role"), password=password_hash, active=True,
+            created_at=utc_now())
         with self.writing() as c:
             self._lock_people(c)
             if first and self._can_log_in(c): raise Conflict("this study is set up already; log in")
@@ -77,7 +78,7 @@ class PeoplePart(ImagesPart):
 
 def _manages(row): return bool(row["active"] and row["role"] == "admin" and row["password"])
 
-# %% ../../nbs/review/store.ipynb #24966597
+# %% ../../nbs/review/store.ipynb #c0c55ade
 class Store(PeoplePart):
     "A study: its folder and its database."
     def study_id(self)->str:
@@ -113,7 +114,8 @@ class Store(PeoplePart):
         "Let a model draft: earlier drafts of it come back, other images are put in line; how many of these."
         with self.writing() as c:
             known = dict(c.execute(sa.select(models.c.version, models.c.file)).all())
-            if not known[choose(version, known, "model")]: raise BadInput(f"the file of model {version} is not here; add it")
+            here = known[choose(version, known, "model")]
+            if not here: raise BadInput(f"the file of model {version} is not here; add it")
             c.execute(models.update().values(active=models.c.version == version))
             self._bring_back(c, version)
         return self.enqueue_missing(version)
@@ -159,13 +161,15 @@ class Store(PeoplePart):
         "Every score that holds: image, group, measure, rater, value, draft_visible; the model's rater is 'model'."
         import pandas as pd
         kept = (current.c.value.is_not(None), current.c.author.not_in(["flag", "consensus"]))
-        query = sa.select(images.c.name.label("image"), images.c.id.label("image_id"), images.c.group, current.c.measure,
+        query = sa.select(images.c.name.label("image"), images.c.id.label("image_id"), images.c.group,
+            current.c.measure,
             current.c.author, current.c.value, events.c.draft_visible)
         query = query.join(current, current.c.image_id == images.c.id).join(events, events.c.id == current.c.event_id)
         with self.reading() as c:
             names = {f"u{i}": name for i, name in c.execute(sa.select(users.c.id, users.c.name))}
             rows = c.execute(query.where(*kept).order_by(images.c.id, current.c.measure, current.c.author)).all()
-        table = pd.DataFrame(rows, columns=["image", "image_id", "group", "measure", "author", "value", "draft_visible"])
+        table = pd.DataFrame(rows, columns=["image", "image_id", "group", "measure", "author", "value",
+            "draft_visible"])
         rater = [names.get(author, "model") for author in table.pop("author")]
         table.insert(4, "rater", rater)
         return table

@@ -42,7 +42,7 @@ def check_uid(uid)->None:
     if not isinstance(uid, str) or not re.fullmatch(r"[A-Za-z0-9_-]{8,64}", uid):
         raise BadInput("uid is 8 to 64 letters, digits, - or _; a UUID")
 
-# %% ../../nbs/review/store_events.ipynb #b8d0939b
+# %% ../../nbs/review/store_events.ipynb #37082c1e
 class EventsPart(Database):
     "Events of a study: saved, undone, read, and replayed."
     def settings(self)->StudySettings:
@@ -159,7 +159,8 @@ class EventsPart(Database):
         for row in rows:
             row["draft_visible"] &= drafted and bool(seen or complete_at or not study.blind_first)
             now[row["measure"]] = row["value"]
-            if not seen and all(now.get(key) is not None for key in study.by_key): complete_at = complete_at or row["at"]
+            if not seen and all(now.get(key) is not None
+                for key in study.by_key): complete_at = complete_at or row["at"]
         if complete_at: c.execute(revealed.insert().values(image_id=image_id, user_id=user_id, at=complete_at))
         return self._add(c, rows)
 

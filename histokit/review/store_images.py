@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDERS', 'NewFile', 'Registered', 'Person', 'ImageQuery', 'hides_draft', 'ImagesPart']
 
-# %% ../../nbs/review/store_images.ipynb #344cc483
+# %% ../../nbs/review/store_images.ipynb #3473c8b1
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +15,10 @@ from ..core.text import BadInput, choose
 from .measures import StudySettings
 from .naming import serial_of, shared_serials
 from .schema import JOB_STATES, current, events, files, images, jobs, revealed, users, utc_now
-from .store_events import Edit, NotThere
+from .store_events import NotThere
 from .store_jobs import JobsPart
 
-# %% ../../nbs/review/store_images.ipynb #98a586fe
+# %% ../../nbs/review/store_images.ipynb #6a40dc6a
 @dataclass(frozen=True)
 class NewFile:
     "A checked file that lies in the study's folder."
@@ -65,7 +65,8 @@ class ImageQuery:
     def __post_init__(self):
         if self.status: choose(self.status, [*JOB_STATES, "Missing"], "status")
         choose(self.sort, list(ORDERS), "order")
-        if not 1 <= self.limit <= 1000 or not 0 <= self.offset < 2**31: raise BadInput("limit is 1 to 1000, offset 0 or more")
+        fits = 1 <= self.limit <= 1000 and 0 <= self.offset < 2**31
+        if not fits: raise BadInput("limit is 1 to 1000, offset 0 or more")
 
 # %% ../../nbs/review/store_images.ipynb #ba9df0d4
 def _count_own(author, keys):
@@ -138,7 +139,7 @@ def _last_scored():
     mine = (current.c.image_id == images.c.id, current.c.author.startswith("u"))
     return sa.select(sa.func.max(current.c.event_id)).where(*mine).scalar_subquery()
 
-# %% ../../nbs/review/store_images.ipynb #fb4ea1ce
+# %% ../../nbs/review/store_images.ipynb #5ba2fd5b
 class ImagesPart(JobsPart):
     "Images of a study: registered, listed, looked at."
     def register(self, new: NewFile, user_id: int = None)->Registered:
@@ -158,6 +159,11 @@ class ImagesPart(JobsPart):
         "Whether the bytes of a file are here under its name."
         known = (images.c.name == new.name, images.c.sha256 == new.sha256, images.c.file != "")
         with self.reading() as c: return c.execute(sa.select(images.c.id).where(*known)).first() is not None
+
+    def has_bytes(self, sha256: str)->bool:
+        "Whether a file with this hash ever came."
+        with self.reading() as c:
+            return c.execute(sa.select(files.c.id).where(files.c.sha256 == sha256).limit(1)).first() is not None
 
     def _add_image(self, c, new, user_id, study):
         about = vars(new) | serial_of(new.name, study)._asdict()
@@ -250,15 +256,20 @@ class ImagesPart(JobsPart):
             there = set(c.execute(sa.select(images.c.id)).scalars())
         return [i for i in ids if i in there - scored]
 
-    def unscored_by_all(self)->list:
-        "The images with a file that nobody has scored wholly, as rows."
+    def last_event(self)->int:
+        "The number of the last event; 0 where there is none."
+        with self.reading() as c: return c.execute(sa.select(sa.func.max(events.c.id))).scalar() or 0
+
+    def split_scored(self)->tuple:
+        "The images with a file, as rows: those that nobody has scored wholly, and the others."
         with self.reading() as c:
             keys = list(self.settings_in(c).by_key)
             of = (current.c.value.is_not(None), current.c.measure.in_(keys), current.c.author.startswith("u"))
             whole = sa.select(current.c.image_id).where(*of).group_by(current.c.image_id, current.c.author)
             whole = whole.having(sa.func.count() >= len(keys))
-            left = sa.select(images).where(images.c.file != "", images.c.id.not_in(whole))
-            return c.execute(left.order_by(images.c.id)).all()
+            rows = c.execute(sa.select(images).where(images.c.file != "").order_by(images.c.id)).all()
+            scored = set(c.execute(whole).scalars())
+        return [r for r in rows if r.id not in scored], [r for r in rows if r.id in scored]
 
     def counts(self, person: Person)->dict:
         "How many images there are of each kind."
@@ -269,8 +280,10 @@ class ImagesPart(JobsPart):
             states = {state.lower(): number(of["status"] == state) for state in JOB_STATES}
             serials = c.execute(sa.select(images.c.serial).where(images.c.matched)).scalars()
             agreed = sa.exists().where(current.c.image_id == images.c.id, current.c.author == "consensus")
-            return dict(images=number(), consensus=number(agreed), mine_complete=number(of["done"] >= len(study.by_key)),
-                flagged=number(of["flagged"]), changed=number(images.c.changed), unmatched=number(sa.not_(images.c.matched)),
+            return dict(images=number(), consensus=number(agreed),
+                mine_complete=number(of["done"] >= len(study.by_key)),
+                flagged=number(of["flagged"]), changed=number(images.c.changed),
+                unmatched=number(sa.not_(images.c.matched)),
                 shared_serials=len(shared_serials(serials)), **states)
 
     def groups(self)->list:
@@ -284,7 +297,7 @@ class ImagesPart(JobsPart):
             told = serial_of(row.name, study)._asdict()
             c.execute(images.update().where(images.c.id == row.id).values(**told))
 
-# %% ../../nbs/review/store_images.ipynb #54a00637
+# %% ../../nbs/review/store_images.ipynb #e3fb9545
 def _with_columns(of): return sa.select(images, *(value.label(name) for name, value in of.items()),
     _last_job(jobs.c.reason).label("reason"), _last_job(jobs.c.id).label("job"))
 
@@ -294,17 +307,20 @@ def _model_versions(c, ids):
     query = sa.select(current.c.image_id, events.c.model_version).join(events, made)
     return dict(c.execute(query.where(current.c.image_id.in_(ids))).all())
 
-_SHOWN = ("id", "name", "serial", "group", "matched", "size", "sha256", "width", "height", "um_per_px", "status", "reason",
+_SHOWN = ("id", "name", "serial", "group", "matched", "size", "sha256", "width", "height", "um_per_px", "status",
+    "reason",
     "job", "changed", "flagged", "created_at")
 
 def _item(row, values, own, hidden, version):
     "An image as the page gets it; of what is hidden there is nothing in it."
     told = {name: getattr(row, name) for name in _SHOWN} | dict(flagged=bool(row.flagged), reason=row.reason or "")
     others = [author for author in values if author.startswith("u") and author != own]
-    told |= dict(status=None if row.status == "Missing" else row.status, mine=values.get(own, {}), others=len(others), draft_hidden=hidden)
+    told |= dict(status=None if row.status == "Missing" else row.status, mine=values.get(own, {}), others=len(others),
+        draft_hidden=hidden)
     if hidden: return told | dict(draft=None, consensus=None, far=None, model_version=None)
     draft = values.get("model")
-    return told | dict(draft=draft, consensus=values.get("consensus"), far=row.far, model_version=version if draft else None)
+    return told | dict(draft=draft, consensus=values.get("consensus"), far=row.far,
+        model_version=version if draft else None)
 
 def _event(e, names):
     "An event as the page gets it."

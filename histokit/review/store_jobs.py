@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from .schema import events, files, images, jobs, utc_now
 from .store_events import Conflict, EventsPart, NotThere
 
-# %% ../../nbs/review/store_jobs.ipynb #202865c6
+# %% ../../nbs/review/store_jobs.ipynb #0c0c189d
 LEASE = 60.          # seconds after which a job whose worker says nothing is free again
 MOST_ATTEMPTS = 5    # workers that may die on a job before it is given up
 
@@ -128,4 +128,5 @@ def _free(lease): return sa.select(jobs.c.id).where(sa.or_(jobs.c.state == "Pend
 def _last_files(c):
     "The current file of every image that has one, in the order of the images."
     newest = sa.select(sa.func.max(files.c.id)).group_by(files.c.image_id)
-    return c.execute(sa.select(files).where(files.c.id.in_(newest), files.c.file != "").order_by(files.c.image_id)).all()
+    return c.execute(sa.select(files).where(files.c.id.in_(newest),
+        files.c.file != "").order_by(files.c.image_id)).all()

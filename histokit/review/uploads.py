@@ -17,7 +17,7 @@ from .naming import clean_name
 from .store import Store
 from .store_images import NewFile
 
-# %% ../../nbs/review/uploads.ipynb #e93dc05f
+# %% ../../nbs/review/uploads.ipynb #07e7cab6
 MOST_BYTES = 4 << 30       # of one file
 MOST_PIXELS = 2**28        # of a TIFF, which is read in windows
 MOST_WHOLE = 2**27         # of another picture, which is read whole
@@ -38,7 +38,8 @@ class Incoming:
         "Take a piece; after something went wrong it is only counted."
         self.size += len(data)
         if self.why: return
-        if self.size > MOST_BYTES: return self._stop(f"{self.name} is larger than {MOST_BYTES >> 30} GB; save it smaller")
+        if self.size > MOST_BYTES:
+            return self._stop(f"{self.name} is larger than {MOST_BYTES >> 30} GB; save it smaller")
         try:
             rest = memoryview(data)
             while len(rest): rest = rest[self._file.write(rest):]
@@ -79,7 +80,7 @@ def _runs(number):
     import psutil
     return number.isdigit() and psutil.pid_exists(int(number))
 
-# %% ../../nbs/review/uploads.ipynb #e294f367
+# %% ../../nbs/review/uploads.ipynb #c6c53e3b
 class FormFiles:
     "Receives a multipart form; `done` holds the files that are complete and not taken yet."
     def __init__(self, folder: Path, content_type: str, most: int = 10_000):
@@ -90,7 +91,8 @@ class FormFiles:
         self.folder, self.most, self.done, self.count = folder, most, [], 0
         self._options, self._now, self._header = parse_options_header, None, {}
         told = dict(on_part_begin=self._begin, on_header_field=self._field, on_header_value=self._value,
-            on_header_end=self._end_header, on_headers_finished=self._open, on_part_data=self._data, on_part_end=self._end)
+            on_header_end=self._end_header, on_headers_finished=self._open, on_part_data=self._data,
+            on_part_end=self._end)
         self._parser = MultipartParser(options[b"boundary"], told)
 
     def write(self, data: bytes)->None:
@@ -170,7 +172,7 @@ def look_at_picture(
         for top in range(0, height, 512): picture[top:top + 512, :]
         return suffix, width, height, _micrometres(picture.um_per_px)
 
-# %% ../../nbs/review/uploads.ipynb #b9fdd8a1
+# %% ../../nbs/review/uploads.ipynb #8262c450
 _LOOKING = threading.Lock()      # one picture at a time is unpacked, however many come in
 
 def keep_file(
@@ -184,10 +186,22 @@ def keep_file(
         name = clean_name(came.name)
         told = NewFile(name, came.sha256, came.size, 0, 0)
         if not store.is_known(told): told = _moved(store, came, name)
-        return dict(name=name, **store.register(told, user_id)._asdict())
+        return dict(name=name, **_registered(store, told, user_id))
     except BadInput as e: raise BadInput(str(e).replace(str(came.path), came.name)) from None
     except OSError as e: raise BadInput(_full(came.name, e)) from None
     finally: came.drop()
+
+def _registered(store, told, user_id):
+    "Enter a file; one that cannot be entered, and that no image has, goes."
+    try: return store.register(told, user_id)._asdict()
+    except BadInput:
+        if told.file and not _is_used(store, told.sha256): (store.folder/told.file).unlink(missing_ok=True)
+        raise
+
+def _is_used(store, sha256):
+    "Whether an image has these bytes, or that cannot be known."
+    try: return store.has_bytes(sha256)
+    except BadInput: return True
 
 def _moved(store, came, name):
     "Look at a file and move it to its place."

@@ -4,6 +4,7 @@
 
 One thread each. Speeds are of processor time, which other work on the machine does not change."""
 import argparse
+import os
 import tempfile
 import time
 import tracemalloc
@@ -16,11 +17,15 @@ from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
+from histokit.core.pixels import as_rgb
+from histokit.core.runs import RunFolder
 from histokit.pictures.augment import PictureAugmentation, augment_pictures
+from histokit.pictures.classification import run_classification
+from histokit.pictures.classify_settings import ClassifySettings
 from histokit.pictures.folders import find_pictures
-from histokit.pictures.prepared import PictureDataset, decode_pictures, read_square
+from histokit.pictures.prepared import PictureDataset, decode_pictures, prepare_pictures, read_square
 from histokit.pictures.settings import PictureSettings
-from histokit.pictures.toy import ToySettings, draw_toy, toy_people
+from histokit.pictures.toy import ToySettings, draw_toy, toy_people, toy_pictures
 
 
 def chests(n, px):
@@ -43,7 +48,7 @@ def rate(work, n, rounds):
 
 
 def row(what, usual, ours, usual_name):
-    print(f"  {what:34}{usual_name:>22} {usual:8.0f}/s   histokit {ours:8.0f}/s   x {ours / usual:.1f}")
+    print(f"  {what:36}{usual_name:>22} {usual:8.0f}/s   histokit {ours:8.0f}/s   x {ours / usual:.1f}")
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -72,14 +77,28 @@ def bench_reader(folder, n, rounds):
             row(f"{side} px {suffix[1:]} to {px} px", usual, ours, "torchvision on PIL")
 
 
+def coloured_files(folder, n):
+    "JPEG files of 1024 px whose channels differ, and their paths."
+    pictures = [np.stack([p, p, 255 - p], -1) for p in chests(n, 1024)]
+    return write_files(folder, pictures, ".jpg")
+
+
 def bench_epochs(folder, n, rounds):
-    print("an epoch after the first: from pictures.npy instead of files")
-    paths = write_files(folder, chests(n, 1024), ".jpg")
-    for px in (224, 384):
-        np.save(folder/"pictures.npy", np.stack([read_square(p, px).pixels[..., None].repeat(3, -1) for p in paths]))
-        dataset = PictureDataset(folder/"pictures.npy", range(n), np.zeros(n, int))
-        row(f"1024 px jpg at {px} px", rate(pil_reader(paths, px), n, rounds),
-            rate(lambda d=dataset: d.batch(np.arange(n)), n, rounds), "torchvision on PIL")
+    print("an epoch after the first: read and augmented, from pictures.npy instead of files")
+    for name, paths in (("grey", write_files(folder, chests(n, 1024), ".jpg")), ("colour", None)):
+        paths = paths or coloured_files(folder, n)
+        for px in (224, 384):
+            squares = [read_square(p, px).pixels for p in paths]
+            np.save(folder/"pictures.npy", np.stack([as_rgb(s) for s in squares]))
+            plain = PictureDataset(folder/"pictures.npy", range(n), np.zeros(n, int))
+            changed = PictureDataset(folder/"pictures.npy", range(n), np.zeros(n, int), PictureAugmentation())
+            both = v1.Compose([v1.Resize((px, px)), *pil_chain(v1).transforms])
+            read = rate(pil_reader(paths, px), n, rounds)
+            usual = rate(lambda p=paths, c=both: [c(Image.open(path).convert("RGB")) for path in p], n, rounds)
+            row(f"{name} 1024 px jpg at {px} px, read", read, rate(lambda d=plain: d.batch(np.arange(n)), n, rounds),
+                "torchvision on PIL")
+            row(f"{name} 1024 px jpg at {px} px, both", usual, rate(lambda d=changed: d.batch(np.arange(n)), n, rounds),
+                "torchvision on PIL")
 
 
 # --- augmentation ----------------------------------------------------------------------------
@@ -125,6 +144,24 @@ def bench_stage(folder, n):
         print(f"  {len(table.items)} pictures: {seconds:.1f} s, {peaks[times]:.0f} MB at the peak")
 
 
+# --- a probe ---------------------------------------------------------------------------------
+
+def bench_probe(folder, n):
+    print(f"a probe of {n} pictures at 224 px: EfficientNet-Lite2, ladder and submission, two threads")
+    os.environ["HISTOKIT_CACHE"] = str(folder/"cache")
+    toy_pictures(folder/"toy", ToySettings(n=n - n // 5, test=n // 5, px=224))
+    torch.set_num_threads(2)
+    settings = ClassifySettings(backbone="tf_efficientnet_lite2", weights="package")
+    start, busy = time.perf_counter(), time.process_time()
+    table = find_pictures(folder/"toy")
+    run = RunFolder(folder/"run").make()
+    data = prepare_pictures(run, table, PictureSettings(input_px=224))
+    metrics = run_classification(run, data, settings, say=lambda line: None)
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    auc = metrics["auc"]["value"]
+    print(f"  {seconds:.0f} s, {busy:.0f} s of processor time, {len(data.items)} pictures, AUC {auc:.3f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few pictures, for a look")
@@ -134,6 +171,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder: bench(Path(folder), count, rounds)
     bench_augmentation(n, rounds)
     with tempfile.TemporaryDirectory() as folder: bench_stage(Path(folder), 40 if n == 8 else 250)
+    with tempfile.TemporaryDirectory() as folder: bench_probe(Path(folder), 60 if n == 8 else 500)
 
 
 if __name__ == "__main__": main()

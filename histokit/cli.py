@@ -87,7 +87,7 @@ def say_findings(findings, text: str, as_json: bool, **more)->None:
     say(by_level | more, text, as_json)
     if by_level["errors"]: raise typer.Exit(1)
 
-# %% ../nbs/cli.ipynb #3bf2c6ea
+# %% ../nbs/cli.ipynb #a98db22e
 def _run(recipe, param, run_dir, force, as_json):
     "A run, its lines and its report."
     from histokit.core.files import read_json
@@ -101,9 +101,21 @@ def demo(param: Params = None, run_dir: RunDir = "", force: Force = False, as_js
     "Make synthetic slides, run everything on them, and score it against their hidden truth."
     _run("demo", param, run_dir, force, as_json)
 
+def _recipes_help():
+    "The recipes that there are, by task; nothing but their first lines is read."
+    from histokit.core.runs import assets
+    try: files = sorted(assets("params").glob("*.yaml"))
+    except BadInput: return "a YAML file"
+    names = {}
+    for file in files:
+        task = next((line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("task:")), "")
+        names.setdefault(task.partition(":")[2].strip() or "spots", []).append(file.stem)
+    listed = "; ".join(f"{task}: {', '.join(sorted(found))}" for task, found in sorted(names.items(), reverse=True))
+    return f"a YAML file, or a recipe ({listed})"
+
 @command(example="run probe -p data_path=my.h5 -p 03_train.method=kernel")
 def run(
-    recipe: Annotated[str, typer.Argument(help="a YAML file, or a recipe: demo, resnet18, convnext, probe, best")],
+    recipe: Annotated[str, typer.Argument(help=_recipes_help())],
     param: Params = None, run_dir: RunDir = "", force: Force = False, as_json: Json = False):
     "Run a recipe, from the data to the submission."
     _run(recipe, param, run_dir, force, as_json)
@@ -180,45 +192,72 @@ def compare(
     wrote = f"\nwrote {picture}" if picture.name else ""
     say(table.to_dict("records"), format_comparison(table) + wrote, as_json)
 
-# %% ../nbs/cli.ipynb #2a564f2f
+# %% ../nbs/cli.ipynb #c8d40685
 @command(example="check my.h5 --html report.html", waits=True)
 def check(
-    data: Path,
+    data: Annotated[Path, typer.Argument(help="an HDF5 file of slides, or a folder of pictures")],
     html: Annotated[Optional[Path], typer.Option(help="also write one page with pictures")] = None,
     as_json: Json = False):
     "Look at a data file and say what is wrong with it."
     from histokit.core.checks import format_findings
-    from histokit.spots.check_file import check_file
-    findings = check_file(data)
-    if html:
-        from histokit.spots.check_page import write_report
-        write_report(html, data, findings)
+    findings = _check_pictures(data, html) if data.is_dir() else _check_slides(data, html)
     say_findings(findings, format_findings(findings), as_json)
 
-@command(example="validate submission.csv --data my.h5")
-def validate(
-    submission: Path,
-    data: Annotated[Path, typer.Option(help="the HDF5 file it answers")],
-    as_json: Json = False):
-    "Check a submission against the data it answers."
-    from histokit.core.checks import format_findings, has_error
-    from histokit.spots.check_predictions import check_submission_file
-    from histokit.spots.slides import DataFactory
-    factory = DataFactory(data)
-    findings = check_submission_file(submission, factory)
-    valid, n = not has_error(findings), int(factory.spots.split.eq("Test").sum())
-    why = format_findings(findings).removeprefix("error").strip()
-    if not (valid or as_json): fail(f"{submission} is not valid: {why}")
-    text = f"{submission} is valid: {n} rows, {len(factory.targets)} targets\n{format_findings(findings)}".rstrip()
-    say(dict(valid=valid, rows=n, findings=[f.to_dict() for f in findings]), text, as_json)
-    if not valid: raise typer.Exit(1)
+def _check_pictures(folder, html):
+    from histokit.pictures.look import check_picture_folder
+    return check_picture_folder(folder, html)
+
+def _check_slides(file, html):
+    from histokit.spots.check_file import check_file
+    findings = check_file(file)
+    if html:
+        from histokit.spots.check_page import write_report
+        write_report(html, file, findings)
+    return findings
+
+_RUN_FILES = (("spots.parquet", "slides.h5"), ("items.parquet", "images.json"))     # of slides, of pictures
 
 def _run_around(submission):
     "The run folder that a submission lies in; None where it lies elsewhere."
     folder = submission.resolve().parent
-    return folder if (folder/"spots.parquet").exists() and (folder/"slides.h5").exists() else None
+    return folder if any(all((folder/name).exists() for name in files) for files in _RUN_FILES) else None
 
-_about_data = "the HDF5 file it answers, or a run folder; not needed where the submission lies in one"
+def _is_about_pictures(data):
+    "Whether data are a folder of pictures, or the run of one."
+    return data is not None and data.is_dir() and not (data/"spots.parquet").exists()
+
+_about_data = "the file, or folder of pictures, or run it answers; not needed where the submission lies in a run"
+
+@command(example="validate submission.csv --data my.h5")
+def validate(
+    submission: Path,
+    data: Annotated[Optional[Path], typer.Option(help=_about_data)] = None,
+    as_json: Json = False):
+    "Check a submission against the data it answers."
+    from histokit.core.checks import format_findings, has_error
+    data = data or _run_around(submission)
+    if data is None: fail(f"what {submission} answers is not known; give --data FILE.h5, or --data FOLDER", 2)
+    of = _findings_of_pictures if _is_about_pictures(data) else _findings_of_slides
+    findings, n, targets = of(submission, data)
+    valid, why = not has_error(findings), format_findings(findings).removeprefix("error").strip()
+    if not (valid or as_json): fail(f"{submission} is not valid: {why}")
+    text = f"{submission} is valid: {n} rows, {targets} targets\n{format_findings(findings)}".rstrip()
+    say(dict(valid=valid, rows=n, findings=[f.to_dict() for f in findings]), text, as_json)
+    if not valid: raise typer.Exit(1)
+
+def _findings_of_slides(submission, data):
+    "Findings, rows, targets."
+    from histokit.spots.check_predictions import check_submission_file
+    from histokit.spots.slides import DataFactory
+    factory = DataFactory(data/"slides.h5" if data.is_dir() else data)
+    return check_submission_file(submission, factory), int(factory.spots.split.eq("Test").sum()), len(factory.targets)
+
+def _findings_of_pictures(submission, data):
+    "Findings, rows, targets."
+    from histokit.pictures.picture_answers import asked_pictures, picture_answer_findings
+    form = asked_pictures(data).form
+    return picture_answer_findings(submission, form), len(form.ids), len(form.targets)
+
 _Answered = Annotated[Optional[Path], typer.Option(help=_about_data)]
 _WITHOUT_DATA = "no ladder and no interval without the slides: give --data FILE.h5, or --data RUN"
 
@@ -227,18 +266,34 @@ def score(
     submission: Path, truth: Path,
     data: _Answered = None, as_json: Json = False):
     "Score a submission against a truth of the same layout, beside what needs no model."
+    data = data or _run_around(submission)
+    value, text = (_score_pictures if _is_about_pictures(data) else _score_slides)(submission, truth, data)
+    say(value, text, as_json)
+
+def _score_pictures(submission, truth, data):
+    "What `score` says of an answer about pictures."
+    from histokit.core.submission import read_submission
+    from histokit.pictures.picture_answers import asked_pictures, score_picture_answer
+    asked = asked_pictures(data)
+    value = score_picture_answer(read_submission(submission, asked.form), read_submission(truth, asked.form), asked)
+    first = f"area under the ROC curve {value['auc']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+    by = [f"  {name:24}{auc:.4f}" for name, auc in value["by_class"].items()]
+    return value, "\n".join([f"{first} over {value['pictures']} pictures; a constant reads 0.5", *by])
+
+def _score_slides(submission, truth, data):
+    "What `score` says of an answer about spots."
     from histokit.core.submission import read_submission
     from histokit.learn.ladder import format_ladder
     from histokit.spots.results import plain_scores, score_ladder
     answer, known = read_submission(submission), read_submission(truth)
     value, text = plain_scores(answer, known), ""
-    if data := data or _run_around(submission):
+    if data:
         table = score_ladder(answer, known, data, submission.name)
         value |= dict(table.iloc[-1][["low", "high"]], ladder=table.to_dict("records"))
         text = format_ladder(table)
     interval = f" [{value['low']:.4f}, {value['high']:.4f}]" if text else ""
     first = f"mean per-spot Spearman {value['per_spot']:.4f}{interval} over {value['spots']} spots"
-    say(value, f"{first}; per type {value['per_type']:.4f}\n{text or _WITHOUT_DATA}", as_json)
+    return value, f"{first}; per type {value['per_type']:.4f}\n{text or _WITHOUT_DATA}"
 
 # %% ../nbs/cli.ipynb #1560b353
 def _stained(name, report):

@@ -18,7 +18,7 @@ from histokit.core.pictures import picture_size, read_picture
 from histokit.core.runs import RunFolder
 from histokit.core.text import BadInput
 from histokit.learn.batches import loader
-from histokit.pictures.augment import PictureAugmentation
+from histokit.pictures.augment import PictureAugmentation, augment_pictures
 from histokit.pictures.check_pictures import check_duplicates, check_files, check_pictures, giveaways
 from histokit.pictures.folders import find_pictures
 from histokit.pictures.prepared import decode_pictures, open_pictures, prepare_pictures, read_square
@@ -487,3 +487,14 @@ def test_a_dataset_travels_without_its_pixels(toys, tmp_path):
     assert len(packed) < 5000
     assert torch.equal(pickle.loads(packed).batch([4])[0]["image"], dataset.batch([4])[0]["image"])
     with pytest.raises(BadInput, match="3 pictures but 2 targets"): made.dataset(made.train[:3], [0, 1])
+
+
+@pytest.mark.parametrize("size", [(96, 96), (40, 80)])
+def test_three_channels_at_once_are_each_channel_by_itself(size):
+    "Colours are moved in lanes of one number; a channel comes out as it would alone, to the bit."
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 3, *size), dtype=np.uint8))
+    settings = PictureAugmentation(rotate=180, shift=.3, scale=.4, crop=.2, flip=True, brightness=0, contrast=0)
+    drawn = settings.draw(6)
+    together = augment_pictures(images, settings, drawn)
+    alone = [augment_pictures(images[:, c:c + 1], settings, drawn) for c in range(3)]
+    assert torch.equal(together, torch.cat(alone, 1)) and together.float().std() > 10

@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['rows_of_class', 'show_samples', 'share_tables', 'show_classes', 'show_pairs', 'draw_pictures', 'pictures_page',
-           'write_picture_checks']
+           'write_picture_checks', 'check_picture_folder']
 
-# %% ../../nbs/pictures/look.ipynb #295ed438
+# %% ../../nbs/pictures/look.ipynb #27ba0a6e
+import tempfile
+
 import numpy as np
 import pandas as pd
 
-from ..core.checks import html_findings
+from ..core.checks import error, html_findings
 from ..core.files import write_text
 from ..core.page import Html, escaped, html_figure, page
 from ..core.runs import RunFolder
+from ..core.text import BadInput
 from .check_pictures import check_pictures
-from .prepared import PreparedPictures
+from .folders import find_pictures
+from .prepared import PreparedPictures, prepare_pictures
+from .settings import PictureSettings
 
 # %% ../../nbs/pictures/look.ipynb #acb68565
 def rows_of_class(
@@ -132,3 +137,17 @@ def write_picture_checks(
     run.write_json("checks.json", {part: [f.to_dict() for f in findings] for part, findings in checks.items()})
     write_text(run/"checks.html", pictures_page(prepared, checks, figures))
     return checks
+
+# %% ../../nbs/pictures/look.ipynb #edcce8b2
+def check_picture_folder(
+    folder,                  # of pictures
+    out=None,                # a page with the findings and what the set looks like; None for none
+    settings: PictureSettings = PictureSettings(),
+)->list:                     # of findings
+    "Everything that is known to go wrong with a folder of pictures; what cannot be used at all is one error."
+    with tempfile.TemporaryDirectory() as scratch:
+        try: prepared = prepare_pictures(RunFolder(scratch), find_pictures(folder, settings), settings)
+        except BadInput as e: return [error(str(e))]
+        checks = check_pictures(prepared)
+        if out: write_text(out, pictures_page(prepared, checks, draw_pictures(RunFolder(scratch), prepared)))
+        return [f for findings in checks.values() for f in findings]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MilvusPlace', 'is_milvus', 'parse_milvus', 'MilvusGallery', 'build_milvus', 'open_gallery', 'make_gallery',
-           'add_to_milvus', 'delete_from_milvus']
+           'add_to_milvus', 'delete_from_milvus', 'grow_gallery', 'shrink_gallery']
 
-# %% ../../nbs/retrieval/milvus.ipynb #3f031081
+# %% ../../nbs/retrieval/milvus.ipynb #0b7ea7ad
 import base64, contextlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from ..core.text import BadInput, one_line
 from ..pictures.duplicates import THUMB_PX
 from .embedders import Embedder
 from .filters import milvus_filter
-from .gallery import FolderGallery, Gallery, build_gallery, changed_files, new_manifest, staged_items
+from .gallery import (FolderGallery, Gallery, add_to_gallery, build_gallery, changed_files,
+    delete_from_gallery, new_manifest, pack_gallery, staged_items)
 from .nearest import NearestSettings
 from .staging import embed_source, left_out_of
 
@@ -300,3 +301,28 @@ def delete_from_milvus(
         gallery.client.delete(gallery.where.name, filter=f"row in {rows}")
         _write_manifest(gallery.client, gallery.where, gallery.manifest | dict(count=len(gallery) - len(rows)))
     return MilvusGallery(place, check=False), len(rows)
+
+# %% ../../nbs/retrieval/milvus.ipynb #aa6d2dfa
+def grow_gallery(
+    place,                       # of an index
+    source,                      # function of the side of a spot in micrometres -> PictureSource or SpotSource
+    **how,                       # device, batch
+)->tuple:                        # the gallery; how many were added, and how many of those replace older ones
+    "Embed what is new or has changed, and add it."
+    gallery = open_gallery(place, check=False)
+    embedder = gallery.open_embedder(**how)
+    found = source(gallery.manifest["source"].get("um", 200.))
+    return (add_to_milvus if is_milvus(place) else add_to_gallery)(place, found, embedder)
+
+def shrink_gallery(
+    place,                       # of an index
+    ids=(),                      # of items
+    gone: bool = False,          # also those whose picture is missing
+    pack: bool = False,          # write the vectors anew
+)->tuple:                        # the gallery, and how many were deleted
+    "Take items out of an index."
+    if is_milvus(place):
+        if gone or pack: raise BadInput(f"{place}: --gone and --pack are for an index in a folder; give ids")
+        return delete_from_milvus(place, ids)
+    gallery, deleted = delete_from_gallery(place, ids, gone)
+    return (pack_gallery(place) if pack else gallery), deleted

@@ -9,6 +9,7 @@ import argparse
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,11 @@ from histokit.review.scorer import Scorer, create_score_network, score_pixels
 
 PUBLISHED = 2.3      # seconds
 AIM = .5
-KINDS = {"striped": dict(rowsperstrip=16), "striped, LZW": dict(rowsperstrip=16, compression="lzw"),
-    "planar": dict(planarconfig="separate", rowsperstrip=16), "tiled, deflate": dict(tile=(256, 256), compression="zlib")}
+KINDS = {
+    "striped": dict(rowsperstrip=16),
+    "striped, LZW": dict(rowsperstrip=16, compression="lzw"),
+    "planar": dict(planarconfig="separate", rowsperstrip=16),
+    "tiled, deflate": dict(tile=(256, 256), compression="zlib")}
 
 
 def large_crop(height=3730, width=4920):
@@ -70,10 +74,11 @@ def bench(folder, rounds):
         scorer.draft(paths["striped"])
         print(f"{backbone}, views {views}: first draft, model loaded {time.perf_counter() - start:.2f} s")
         for kind, path in paths.items():
-            whole = median_seconds(lambda p=path: scorer.draft(p), rounds)
-            reading = median_seconds(lambda p=path: score_pixels(p, 224), rounds)
+            whole = median_seconds(partial(scorer.draft, path), rounds)
+            reading = median_seconds(partial(score_pixels, path, 224), rounds)
             said = f"published {PUBLISHED} s   x {PUBLISHED / whole:.1f}"
-            print(f"  {kind:16}{path.stat().st_size / 1e6:5.0f} MB   draft {whole:.2f} s (reading {reading:.2f})   {said}")
+            size = path.stat().st_size / 1e6
+            print(f"  {kind:16}{size:5.0f} MB   draft {whole:.2f} s (reading {reading:.2f})   {said}")
             if kind == "striped": worst = max(worst, whole)
     return worst
 

@@ -6,7 +6,7 @@
 __all__ = ['SCORER_METHODS', 'PUBLISHED_SCORER', 'ScorerSettings', 'ScoredCrops', 'read_crops', 'Trained', 'train_probe',
            'train_finetuned', 'held_out_scores', 'train_scorer', 'as_scorer']
 
-# %% ../../nbs/review/scorer_training.ipynb #8b680ed4
+# %% ../../nbs/review/scorer_training.ipynb #1df6e854
 from dataclasses import asdict, dataclass
 from functools import partial
 import time
@@ -25,13 +25,13 @@ from ..learn.networks import start_at
 from ..learn.trainer import Trainer, TrainSettings
 from ..learn.views import VIEWS, find_views
 from .measures import as_measures
-from .ordinal import CODES, CUTS, OrdinalCode, cut_scores, fit_cuts, unit_scores
+from .ordinal import ORDINAL_CODES, ORDINAL_CUTS, OrdinalCode, cut_scores, fit_cuts, unit_scores
 from .scorer import ScoreDataset, Scorer, create_score_network, repaint_crops, score_pixels
 from .scores import baseline_sentence, compare_answers, degeneracy, mean_kappa_columns, mean_kappa_value
 from ..tissue.measure import STAIN_METHODS
 from ..tissue.normalise import StainNormalizer
 
-# %% ../../nbs/review/scorer_training.ipynb #9ddfaf72
+# %% ../../nbs/review/scorer_training.ipynb #f024e77d
 SCORER_METHODS = ("probe", "finetune", "auto")
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class ScorerSettings:
 
     def __post_init__(self):
         choose(self.method, SCORER_METHODS, "method")
-        choose(self.cuts, CUTS, "cuts")
-        choose(self.loss, CODES, "loss")
+        choose(self.cuts, ORDINAL_CUTS, "cuts")
+        choose(self.loss, ORDINAL_CODES, "loss")
         choose(self.views, VIEWS, "views")
         choose(self.stain, ("none", *STAIN_METHODS), "stain")
         choose(self.stain_by, ("picture", "sample"), "stain_by")

@@ -13,6 +13,8 @@ from histokit.core.submission import AnswerForm
 from histokit.core.text import BadInput
 from histokit.frozen.logistic import fit_logistic, indicator_table, logistic_path
 from histokit.learn.devices import how_many
+from histokit.learn.explain import explain_map, map_method
+from histokit.learn.networks import load_model
 from histokit.learn.scores import roc_auc
 from histokit.pictures.calibrate import fit_combination, frozen_threshold, nested_calls, probabilities
 from histokit.pictures.classification import (answer_values, ask_members, make_classifier, run_classification,
@@ -52,6 +54,20 @@ def test_a_probe_leaves_a_valid_answer_and_honest_numbers(run, data):
     assert metrics["claims"][0]["inside_interval"] is False
     assert "training pictures" in metrics["threshold"]["chosen_on"]
     assert [r["name"] for r in metrics["ladder"]][0] == "constant" and metrics["ladder"][0]["auc"] == .5
+
+
+def test_a_probe_of_stages_leaves_networks_that_answer_alone(tmp_path, data):
+    "From a picture to its logit, from the folder of the fold that held the picture out; and such a network has maps."
+    run = RunFolder(tmp_path)
+    method = make_classifier(data, ClassifySettings(stages="-2,-1", device="cpu", views="none"), run)
+    answers, fold = ask_members(method, QUIET)[0], data.folds()[0]
+    for k in np.unique(fold):
+        rows, model = np.flatnonzero(fold == k)[:4], load_model(run.fold_dir(k))
+        images = torch.from_numpy(np.ascontiguousarray(data.pixels[data.train[rows]])).permute(0, 3, 1, 2)
+        with torch.no_grad(): alone = model(images).numpy()
+        np.testing.assert_allclose(alone, answers.held_out[0, rows], rtol=.02, atol=.02)
+        assert map_method(model, images[:1]) == "stages"
+        assert explain_map(model, images, [1] * len(images)).max((1, 2)).max() == pytest.approx(1)
 
 
 def test_fine_tuning_answers_every_picture_and_keeps_its_folds(tmp_path, data, run):

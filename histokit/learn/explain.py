@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAP_METHODS', 'grad_cam', 'pointing_game', 'share_inside', 'shuffled_weights', 'map_likeness', 'shuffled_likeness',
-           'attention_rollout', 'gradient_map', 'map_method', 'explain_map', 'overlay']
+           'attention_rollout', 'gradient_map', 'stage_cam', 'map_method', 'explain_map', 'overlay']
 
 # %% ../../nbs/learn/explain.ipynb #462529f6
 import contextlib, copy
@@ -244,15 +244,35 @@ def _answered(model, images, **further):
     with torch.no_grad(): outputs = model(images, **further)
     return (outputs[:, 0] >= 0).long() if outputs.shape[1] == 1 else outputs.argmax(1)
 
+# %% ../../nbs/learn/explain.ipynb #5bfb4d5b
+def stage_cam(
+    model,               # has `stage_maps(images)` and `from_maps(maps)`
+    images,              # (B, C, H, W) uint8, or float in 0-1, on the model's device
+    target=None,         # class to explain, or (B,) classes; None = what the model answers
+):                       # (B, H, W) float in [0, 1]
+    "Where the evidence lies for an answer that rests on several stages of a network."
+    with _evaluating(model):
+        maps = [m.detach().requires_grad_() for m in model.stage_maps(images)]
+        answer = _explained(model.from_maps(maps), target)
+        slopes = torch.autograd.grad(answer.sum(), maps, allow_unused=True)
+    total = 0
+    for m, slope in zip(maps, slopes):
+        if slope is None or m.ndim != 4: continue
+        share = (slope * (m.detach() - m.detach().mean((2, 3), keepdim=True))).sum(1)
+        per_cell = share.shape[1] * share.shape[2] / (images.shape[-2] * images.shape[-1])    # a sum over cells stays the same
+        total = total + per_cell * F.interpolate(share[:, None].float(), images.shape[-2:], mode="bilinear")[:, 0]
+    return _at_size(total.relu(), images.shape[-2:])
+
 # %% ../../nbs/learn/explain.ipynb #e7762723
 MAP_METHODS = dict(cam=grad_cam, rollout=lambda model, images, target=None: attention_rollout(model, images),
-    gradient=gradient_map)
+    gradient=gradient_map, stages=stage_cam)
 
 def map_method(
     model,               # ImageModel
     image,               # (1, C, H, W), one picture of the size that will be explained
-)->str:                  # cam or gradient
+)->str:                  # stages, cam or gradient
     "Which map fits the architecture."
+    if hasattr(model, "from_maps"): return "stages"
     with _evaluating(model), torch.no_grad():
         found = model.backbone.forward_features(model.scaled(image))
     return "cam" if getattr(found, "ndim", 0) == 4 and min(found.shape[1:]) > 1 else "gradient"
@@ -262,7 +282,7 @@ def explain_map(
     images,              # (n, C, H, W) uint8 tensor, on any device
     target=None,         # class to explain, or (n,) classes; None = what the model answers
     *,
-    method: str = "auto",    # auto, cam, rollout or gradient
+    method: str = "auto",    # auto, or a name of MAP_METHODS
     batch_size: int = 16,
     device: str = "cpu",
 )->np.ndarray:           # (n, H, W) float32 in [0, 1]

@@ -21,7 +21,7 @@ from ..core.text import BadInput
 from ..frozen.features import cached_features
 from ..frozen.heads import set_linear
 from ..frozen.logistic import fit_logistic, indicator_table
-from ..frozen.parts import Stages
+from ..frozen.parts import Stages, staged_model
 from ..learn.batches import predict_views
 from ..learn.devices import how_many, own_device
 from ..learn.losses import Loss, class_weights, positive_weights
@@ -118,16 +118,16 @@ class EncodedPictures:
         cache=None,              # folder of features; None = the user's cache
     ):
         self.levels, self.split, every = member.stages, lambda x: [x], np.arange(len(data.items))
-        self.model = None
+        self.model = self.encoder = None
         if not member.network:
             self.views = [hog_features(data.pixels, every)]
             return
         seed_everything(settings.seed)
         model = create_image_model(1, **member.network | dict(head="linear")).eval()
-        encoder = Stages(model, self.levels, spread=True, final=True) if self.levels else model
-        if self.levels: self.split = encoder.blocks
+        self.encoder = Stages(model, self.levels, spread=True, final=True) if self.levels else model
+        if self.levels: self.split = self.encoder.blocks
         self.model, dataset = model, data.dataset(every)
-        self.views = cached_features(encoder, dataset, settings.views, cache, device=settings.device,
+        self.views = cached_features(self.encoder, dataset, settings.views, cache, device=settings.device,
             workers=settings.workers, amp=settings.amp)
 
     def view(self, v, rows)->list:
@@ -183,10 +183,12 @@ class Probe:
         return MemberAnswers(member.name, held_out, test, {}, dict(folds=chosen, all=final.chosen))
 
     def _keep(self, encoded, fit, k, train):
-        "The head of a fold as a model of its own, where the encoder is used as it is."
-        if encoded.model is None or encoded.levels: return
-        model = _with_head(encoded.model, self.z.shape[1])
-        set_linear(model, fit["weight"], fit["bias"])
+        "Encoder and head of a fold as one network, where the features are a network's."
+        if encoded.model is None: return
+        if encoded.levels: model = staged_model(encoded.encoder, fit["weight"], fit["bias"])
+        else:
+            model = _with_head(encoded.model, self.z.shape[1])
+            set_linear(model, fit["weight"], fit["bias"])
         folder = make_dir(self.run.fold_dir(k))
         save_model(model, folder, extra=dict(fold=int(k), method="probe", kind=self.task.kind,
             classes=self.task.classes))

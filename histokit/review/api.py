@@ -94,14 +94,14 @@ def _counted(receive):
         return message
     return limited
 
-# %% ../../nbs/review/api.ipynb #79e7376e
+# %% ../../nbs/review/api.ipynb #bf390c9e
 class News:
     "What has happened since it was last asked."
     def __init__(self, store: Store):
         self.store, self._jobs, self._told = store, {}, deque(maxlen=2000)
         self._model = self._version()
         self._since = utc_now() - timedelta(seconds=1)
-        with store.reading() as c: self._last = c.execute(sa.select(sa.func.max(events.c.id))).scalar() or 0
+        self._last = store.last_event()
 
     def _version(self):
         row = self.store.model()
@@ -123,8 +123,8 @@ class News:
 
     def _changed_images(self):
         "Numbers of events may come a little out of order, so the last ones are looked at again."
-        new = sa.select(events.c.id, events.c.image_id).where(events.c.id > self._last - 50).order_by(events.c.id)
-        with self.store.reading() as c: found = c.execute(new.limit(5000)).all()
+        new = sa.select(events.c.id, events.c.image_id).where(events.c.id > self._last - 50)
+        with self.store.reading() as c: found = c.execute(new.order_by(events.c.id).limit(5000)).all()
         begin = self._last if not self._told else 0
         fresh = [e for e in found if e.id > begin and e.id not in self._told]
         self._told.extend(e.id for e in found if e.id not in self._told)

@@ -34,7 +34,7 @@ def plain_text(text: str)->str:
     "The text that `safe_text` was given."
     return text[1:] if text.startswith("'") else text
 
-# %% ../../nbs/review/export.ipynb #4a466c32
+# %% ../../nbs/review/export.ipynb #aecd4d6c
 LONG = ("row", "kind", "image", "serial", "group", "measure", "value", "author", "role", "model_version",
     "draft_visible",
     "seconds", "at", "uid", "sha256", "size", "width", "height", "um_per_px", "matched", "changed", "image_created_at",
@@ -68,7 +68,7 @@ _OF_IMAGE = ("serial", "group", "width", "height", "um_per_px", "matched", "chan
 def _about_images(c):
     "What is said of an image in each of its rows, by its number."
     told = lambda r: dict(image=r.name, image_created_at=r.created_at) | {name: getattr(r, name) for name in _OF_IMAGE}
-    return {r.id: told(r) for r in c.execute(sa.select(images))}
+    return {r.id: told(r) for r in c.execute(sa.select(images).order_by(images.c.id))}
 
 def _study_rows(c, store):
     "The rules of the study, its people and its models."

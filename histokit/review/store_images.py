@@ -139,15 +139,17 @@ def _last_scored():
     mine = (current.c.image_id == images.c.id, current.c.author.startswith("u"))
     return sa.select(sa.func.max(current.c.event_id)).where(*mine).scalar_subquery()
 
-# %% ../../nbs/review/store_images.ipynb #5ba2fd5b
+# %% ../../nbs/review/store_images.ipynb #2d094c79
 class ImagesPart(JobsPart):
     "Images of a study: registered, listed, looked at."
     def register(self, new: NewFile, user_id: int = None)->Registered:
         "Take a file in, by its name and its hash."
         with self.writing() as c:
             study = self.settings_in(c)
-            found = c.execute(sa.select(images).where(images.c.name == new.name)).first()
-            if found is None: return self._add_image(c, new, user_id, study)
+            number = self._add_image(c, new, study)
+            if number: return Registered(number, False, False, self._add_file(c, number, new, user_id))
+            number = c.execute(sa.select(images.c.id).where(images.c.name == new.name)).scalar_one()
+            found = self.locked(c, images, number)
             if found.sha256 == new.sha256 and found.file: return Registered(found.id, True, False, None)
             same = found.sha256 == new.sha256                 # known from an import; its bytes come only now
             told = dict(size=new.size, width=new.width, height=new.height, um_per_px=new.um_per_px, file=new.file)
@@ -165,11 +167,11 @@ class ImagesPart(JobsPart):
         with self.reading() as c:
             return c.execute(sa.select(files.c.id).where(files.c.sha256 == sha256).limit(1)).first() is not None
 
-    def _add_image(self, c, new, user_id, study):
+    def _add_image(self, c, new, study):
+        "Enter an image; its number, or None where its name is known."
         about = vars(new) | serial_of(new.name, study)._asdict()
-        row = images.insert().values(**about, created_at=utc_now(), changed=False)
-        image_id = c.execute(row.returning(images.c.id)).scalar_one()
-        return Registered(image_id, False, False, self._add_file(c, image_id, new, user_id))
+        row = self.insert_new(images).values(**about, created_at=utc_now(), changed=False)
+        return c.execute(row.on_conflict_do_nothing(index_elements=["name"]).returning(images.c.id)).scalar()
 
     def _add_file(self, c, image_id, new, user_id):
         "Note a file of an image and put it in line; the job's number."

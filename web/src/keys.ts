@@ -3,7 +3,7 @@ import { useEffect, useRef } from 'preact/hooks'
 
 export const keyTable: [string, string][] = [
   ['0 – 9', 'set the score and go to the next measure (numpad too)'],
-  ['[  ]', 'one step down, one step up'],
+  ['[  ]', 'one step down, one step up (also −, +)'],
   ['Tab', 'next measure (Shift: the one before)'],
   ['Backspace', 'clear the score'],
   ['Enter', 'take over the draft where nothing is scored yet; when all is scored, on to the next unscored'],
@@ -21,12 +21,14 @@ const typing = (t: EventTarget | null) => t instanceof HTMLElement
 
 /** The key's name, or null where it belongs to a field, a dialog, a control or the browser. */
 export function ownKey(e: KeyboardEvent): string | null {
-  if (e.defaultPrevented || e.ctrlKey || e.metaKey || e.altKey || e.isComposing || typing(e.target)) return null
+  const chord = (e.ctrlKey || e.altKey) && !e.getModifierState('AltGraph')      // [ and ] need AltGr on many keyboards
+  if (e.defaultPrevented || chord || e.metaKey || e.isComposing || typing(e.target)) return null
   if (document.querySelector('dialog[open]')) return null
   const control = (e.target as HTMLElement | null)?.closest?.('button:not([role=radio]), a, summary, input')
   if (control && ['Enter', ' ', 'ArrowLeft', 'ArrowRight'].includes(e.key)) return null
   if (e.repeat && !['[', ']', 'ArrowLeft', 'ArrowRight'].includes(e.key)) return null
-  return e.key
+  const digit = /^Numpad(\d)$/.exec(e.code) ?? (e.shiftKey ? null : /^Digit(\d)$/.exec(e.code))
+  return digit ? digit[1]! : e.key        // by place: the numpad without NumLock, keyboards whose digits need Shift
 }
 
 /** Listens on the whole page; the handler says whether it has used the key. */

@@ -169,8 +169,8 @@ function actions(id: number, active: Cell, seconds: () => number) {
 function reviewKey(key: string, e: KeyboardEvent, act: Actions, page: { map: Cell2; help: Cell2; active: Cell }): boolean {
   const lone = document.activeElement === document.body || Boolean(document.activeElement?.closest('.stage'))
   if (/^\d$/.test(key)) act.digit(key)
-  else if (key === '[') act.step(-1)
-  else if (key === ']') act.step(1)
+  else if (key === '[' || key === '-') act.step(-1)
+  else if (key === ']' || key === '+') act.step(1)
   else if (key === 'Backspace' || key === 'Delete') act.clear()
   else if (key === 'Enter') act.accept()
   else if (key === 'Tab' && lone) act.move(e.shiftKey ? -1 : 1)

@@ -68,7 +68,7 @@ def _bytes_needed(n, pictures, how):
     models = 0 if how.method == "probe" else pictures.folds * len(how.members()) * 100_000_000
     return n * 3 * pictures.input_px ** 2 + models + 50_000_000
 
-# %% ../../nbs/pictures/task.ipynb #009cc8c6
+# %% ../../nbs/pictures/task.ipynb #aad7b918
 def _figure(of):
     interval = f" [{of['low']:.3f}, {of['high']:.3f}]" if of["low"] is not None else ""
     return f"{of['value']:.3f}{interval}"
@@ -77,9 +77,9 @@ def _threshold_lines(metrics):
     "What is called positive, and how well that goes."
     if not metrics.get("threshold"): return []
     t = metrics["threshold"]
-    figures = ", ".join(f"{name} {_figure(of)}" for name, of in metrics["at_threshold"].items())
+    figures = [f"  {name.replace('_', ' '):27}{_figure(of)}" for name, of in metrics["at_threshold"].items()]
     chosen = f"Threshold {t['value']:.3f} ({t['rule']}), chosen on {t['chosen_on']}; in folds that did not choose it:"
-    return ["", chosen, figures]
+    return ["", chosen, *figures]
 
 def _site_lines(metrics):
     "AUC where a site was left out."

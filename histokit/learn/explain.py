@@ -259,8 +259,8 @@ def stage_cam(
     for m, slope in zip(maps, slopes):
         if slope is None or m.ndim != 4: continue
         share = (slope * (m.detach() - m.detach().mean((2, 3), keepdim=True))).sum(1)
-        per_cell = share.shape[1] * share.shape[2] / (images.shape[-2] * images.shape[-1])    # a sum over cells stays the same
-        total = total + per_cell * F.interpolate(share[:, None].float(), images.shape[-2:], mode="bilinear")[:, 0]
+        cells = share.shape[1] * share.shape[2] / (images.shape[-2] * images.shape[-1])     # the sum stays the same
+        total = total + cells * F.interpolate(share[:, None].float(), images.shape[-2:], mode="bilinear")[:, 0]
     return _at_size(total.relu(), images.shape[-2:])
 
 # %% ../../nbs/learn/explain.ipynb #e7762723

@@ -6,8 +6,8 @@
 __all__ = ['app', 'kernels', 'Version', 'Texts', 'Params', 'Json', 'RunDir', 'Force', 'review', 'fail', 'command', 'say',
            'say_findings', 'demo', 'run', 'demo_run', 'parameter_rows', 'asked_parameters', 'parameters', 'compare',
            'check', 'validate', 'score', 'stain', 'import_visium_command', 'export_h5ad', 'explore_command',
-           'review_open', 'review_demo', 'review_export', 'review_import', 'review_users', 'review_models',
-           'kernels_build', 'kernels_check', 'main']
+           'review_open', 'review_demo', 'review_export', 'review_import', 'review_users', 'review_train',
+           'review_models', 'kernels_build', 'kernels_check', 'main']
 
 # %% ../nbs/cli.ipynb #5cf23751
 import contextlib, functools, importlib.util, json, os, sys
@@ -370,7 +370,7 @@ def explore_command(
     if html: typer.echo(write_explorer(html, scene, max_mb, **view))
     else: serve_explorer(scene, port, not no_browser, typer.echo, **view)
 
-# %% ../nbs/cli.ipynb #b0648e15
+# %% ../nbs/cli.ipynb #7557fab9
 class _StudyFirst(typer.core.TyperGroup):
     "Takes what is no command for the folder of a study."
     def parse_args(self, ctx, args):
@@ -475,6 +475,29 @@ def _asked_password(name):
     first = getpass.getpass(f"password of {name}: ")
     if first != getpass.getpass("again: "): raise BadInput("the two passwords differ; try again")
     return hash_password(first)
+
+@command(review, "train", "review train my_study -p method=finetune")
+def review_train(
+    study: _Study,
+    param: Annotated[Texts, typer.Option("-p", "--param", help=f"name=value, as method=finetune; {_AGAIN}")] = None,
+    back: Annotated[bool, typer.Option("--back", help="let the model before the present one draft again")] = False,
+    as_json: Json = False):
+    "Train a model on the consensus; it drafts from then on where it is not worse than the present one."
+    from histokit.review.study_train import run_training, step_back
+    with _opened(study) as store:
+        if back:
+            version = step_back(store)
+            return say(dict(version=version), f"model {version} drafts from now on", as_json)
+    report = run_training(study, _named(param), lambda line: typer.echo(line, err=True))
+    lines = [f"model {report['version']}", *report["metrics"]["sentences"], report["sentence"], report["notebook"]]
+    say(report, "\n".join(lines), as_json)
+
+def _named(param):
+    "name=value texts as a dictionary."
+    pairs = [text.partition("=") for text in param or ()]
+    wrong = next((name for name, equals, _ in pairs if not equals), None)
+    if wrong is not None: raise BadInput(f"-p {wrong}: write name=value, as -p method=finetune")
+    return {name.strip(): value for name, _, value in pairs}
 
 @command(review, "models", "review models my_study --use 3f2b8c1e9a04")
 def review_models(

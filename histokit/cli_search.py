@@ -14,7 +14,7 @@ import typer
 from .cli import Json, Texts, app, command, say
 from .core.text import BadInput
 
-# %% ../nbs/cli_search.ipynb #96d8bcc6
+# %% ../nbs/cli_search.ipynb #187eeb7c
 _group = dict(no_args_is_help=True, context_settings=dict(help_option_names=["-h", "--help"]), rich_markup_mode=None)
 search = typer.Typer(**_group, help="Similar cases: make an index of pictures or spots, ask it, and measure it.")
 app.add_typer(search, name="search")
@@ -24,7 +24,7 @@ _Index = Annotated[str, typer.Argument(help=_ABOUT_INDEX)]
 _Source = Annotated[Path, typer.Argument(help="a folder or table of pictures, or an HDF5 file of slides")]
 _EmbedderName = Annotated[str, typer.Option(help=f"{_ABOUT_EMBEDDER}; refused unless the index was made by it")]
 _Answers = Annotated[int, typer.Option("-k", help="answers")]
-_Where = Annotated[Texts, typer.Option(help=f"a condition, as site=NIH, age>=60 or view!=AP; may be given several times")]
+_Where = Annotated[Texts, typer.Option(help="a condition, as site=NIH or age>=60; may be given several times")]
 _Apart = Annotated[str, typer.Option(help="columns that query and answer may not share; auto: patient or slide; none")]
 _Figure = Annotated[Optional[Path], typer.Option(help="also draw query and answers into this PNG")]
 _Batch = Annotated[int, typer.Option(help="pictures embedded at once")]
@@ -128,5 +128,6 @@ def search_eval(
     "Measure an index: precision, average precision and majority vote, beside chance, on other patients."
     from histokit.retrieval.milvus import open_gallery
     from histokit.retrieval.task import measure_gallery
-    value, text = measure_gallery(open_gallery(index), mode=mode, label=label, apart=apart, adapter=adapter, out=out, map=map)
+    how = dict(mode=mode, label=label, apart=apart, adapter=adapter, out=out, map=map)
+    value, text = measure_gallery(open_gallery(index), **how)
     say(value, text, as_json)

@@ -6,22 +6,20 @@
 __all__ = ['ADAPTER_SHAPES', 'ADAPTER_CHOICES', 'contrastive_loss', 'AdapterSettings', 'Adapter', 'train_adapter', 'nested_gain',
            'gallery_gain']
 
-# %% ../../nbs/retrieval/adapter.ipynb #9ffefbd0
-from dataclasses import asdict, dataclass
-from pathlib import Path
+# %% ../../nbs/retrieval/adapter.ipynb #e5d8a96a
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..core.files import sha256_of
 from ..core.progress import track
 from ..core.splits import each_fold, group_folds
 from ..core.text import BadInput, choose
 from ..learn.bootstrap import Bootstrap, mean_difference
-from .embedders import unit_rows
-from .evaluate import EvaluationSettings, evaluate_gallery, rank_queries
+from .embedders import unit_length
+from .evaluate import EvaluationSettings, label_texts, rank_queries
 
 # %% ../../nbs/retrieval/adapter.ipynb #85f41b6d
 def contrastive_loss(
@@ -39,7 +37,7 @@ def contrastive_loss(
     mean = torch.where(partner, log_share, 0.).sum(1) / count.clamp(min=1)
     return -mean[count > 0].mean()
 
-# %% ../../nbs/retrieval/adapter.ipynb #7cf15f32
+# %% ../../nbs/retrieval/adapter.ipynb #5309e888
 ADAPTER_SHAPES = ("none", "linear", "two-layer")
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Adapter(torch.nn.Module):
     def __call__(self, x):
         "numpy to numpy, tensor to tensor."
         if isinstance(x, torch.Tensor): return super().__call__(x)
-        return unit_rows(super().__call__(torch.from_numpy(np.ascontiguousarray(x, np.float32))).numpy())
+        return unit_length(super().__call__(torch.from_numpy(np.ascontiguousarray(x, np.float32))).numpy())
 
 def train_adapter(
     vectors, labels,             # (n, D) of length 1; (n,) text, all known
@@ -92,7 +90,8 @@ def train_adapter(
     directions = np.linalg.svd(vectors - mean, full_matrices=False)[2][:settings.width]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = Adapter(mean, directions / np.sqrt((((vectors - mean) @ directions.T)**2).sum(1).mean()), settings.shape)
+        spread = np.sqrt((((vectors - mean) @ directions.T)**2).sum(1).mean())
+        model = Adapter(mean, directions / spread, settings.shape)
         _fit(model, torch.from_numpy(np.asarray(vectors, np.float32)), torch.from_numpy(code), settings)
     return model.eval()
 
@@ -107,7 +106,7 @@ def _fit(model, x, y, settings):
             loss.backward()
             optimizer.step()
 
-# %% ../../nbs/retrieval/adapter.ipynb #9c93ebb9
+# %% ../../nbs/retrieval/adapter.ipynb #cec9a7ce
 ADAPTER_CHOICES = (AdapterSettings("none"), AdapterSettings("linear", 32), AdapterSettings("linear", 128),
     AdapterSettings("linear", 64, epochs=200), AdapterSettings("two-layer", 64))
 _JUDGED_BY = "average_precision"
@@ -143,12 +142,13 @@ def nested_gain(
     everyone = np.ones(len(labels), bool)
     rule = rule or (lambda row: everyone)
     count = len(np.unique(groups))
-    if count < 6: raise BadInput(f"an adapter needs six patients or groups at least to be judged, and there are {count}")
+    if count < 6: raise BadInput(f"to judge an adapter takes six patients or groups, and there are {count}")
     parts, chosen = [], []
     for _, train, test in track(list(each_fold(group_folds(groups, min(folds, count)))), "folds"):
         best = _choose(vectors, labels, groups, train, choices, rule)
         plain = _held_out(vectors, labels, train, test, rule)
-        parts.append(plain.merge(_judge(vectors, labels, (train, test), best, rule), on="query", suffixes=("", "_adapted")))
+        adapted = _judge(vectors, labels, (train, test), best, rule)
+        parts.append(plain.merge(adapted, on="query", suffixes=("", "_adapted")))
         chosen.append(best)
     rows = pd.concat(parts)
     return _gains(rows, groups, bootstrap), chosen
@@ -161,10 +161,11 @@ def _gains(rows, groups, bootstrap):
         kept = rows[[name, f"{name}_adapted"]].notna().all(axis=1).to_numpy()
         a, b = rows[name][kept], rows[f"{name}_adapted"][kept]
         found = mean_difference(a, b, groups[rows["query"][kept]], bootstrap=bootstrap)
-        out.append(dict(measure=name, plain=found["a"], adapted=found["b"]) | {k: found[k] for k in ("difference", "low", "high")})
+        apart = {k: found[k] for k in ("difference", "low", "high")}
+        out.append(dict(measure=name, plain=found["a"], adapted=found["b"]) | apart)
     return pd.DataFrame(out)
 
-# %% ../../nbs/retrieval/adapter.ipynb #ca948986
+# %% ../../nbs/retrieval/adapter.ipynb #4c2c0000
 def gallery_gain(
     gallery,
     settings: EvaluationSettings = EvaluationSettings(),
@@ -174,8 +175,7 @@ def gallery_gain(
     from histokit.pictures.duplicates import joined_groups, near_pairs
     rows = gallery.all_rows()
     items = gallery.about(rows)
-    known = items[settings.label].astype(str).ne("").to_numpy() if settings.label in items else np.zeros(len(rows), bool)
-    if not known.any(): raise BadInput("no item has a label, so an adapter has nothing to learn; build the index with labels")
+    known = label_texts(items, settings.label) != ""
     rows, items = rows[known], items[known].reset_index(drop=True)
     thumbs, name = gallery.thumbs_of(rows), gallery.manifest["source"]["apart"]
     pairs = near_pairs(thumbs, flat=thumbs.reshape(len(thumbs), -1).std(1) < 1)

@@ -76,7 +76,7 @@ class Answer:
             lines.append(f"{row.rank:3}  {row.score:.4f}  {row.label or '–':12}{where}  {row.id}")
         return "\n".join(lines)
 
-# %% ../../nbs/retrieval/asking.ipynb #aa392938
+# %% ../../nbs/retrieval/asking.ipynb #a1045ecd
 def _of_row(gallery, row, pixels=None):
     "The query that an item of the gallery makes."
     item = gallery.about([row]).iloc[0]
@@ -100,7 +100,9 @@ def picture_query(
     "The question of a picture."
     found, path = gallery.find("id", str(picture)), Path(picture)
     if len(found): return _of_row(gallery, found.index[0])
-    if not path.is_file(): raise BadInput(f"{picture} is no picture file and no id of {gallery.place}{_near_id(gallery, path.name)}")
+    if not path.is_file():
+        near = _near_id(gallery, path.name)
+        raise BadInput(f"{picture} is no picture file and no id of {gallery.place}{near}")
     pixels = read_whole_picture(path)
     if gallery.manifest["source"]["kind"] == "pictures" and len(same := _same_file(gallery, path)):
         return _of_row(gallery, same.index[0], pixels)
@@ -138,10 +140,12 @@ def spot_query(
     slide: str, x: float, y: float,      # column and row in pixels
     embedder=None,                       # function that gives the Embedder; None = the gallery's own
 )->Query:
-    "The question of a place on a slide: its spot where there is one within half of its square, else the square around it."
-    if gallery.manifest["source"]["kind"] != "spots": raise BadInput(f"{gallery.place} holds pictures, no slides; give a picture")
+    "The question of a place on a slide: of the spot that is near, within a quarter of its square, else of the place."
+    if gallery.manifest["source"]["kind"] != "spots":
+        raise BadInput(f"{gallery.place} holds pictures, no slides; give a picture")
     spots = gallery.find("slide", slide)
-    if not len(spots): raise BadInput(f"{gallery.place} has no slide '{slide}'{did_you_mean(slide, _slides_of(gallery))}")
+    if not len(spots):
+        raise BadInput(f"{gallery.place} has no slide '{slide}'{did_you_mean(slide, _slides_of(gallery))}")
     away = np.hypot(spots.x - x, spots.y - y)
     source = gallery.spots_of(spots.file.iloc[0])
     if away.min() <= gallery.manifest["source"]["um"] / source.scale[slide] / 4: return _of_row(gallery, away.idxmin())
@@ -153,7 +157,7 @@ def spot_query(
 
 def _slides_of(gallery): return sorted(set(gallery.about(gallery.all_rows()).slide))
 
-# %% ../../nbs/retrieval/asking.ipynb #d1170200
+# %% ../../nbs/retrieval/asking.ipynb #e1005c74
 def near_mask(
     thumb,                   # (32, 32) uint8
     thumbs,                  # (n, 32, 32) uint8
@@ -173,7 +177,8 @@ def apart_columns(
     names = (gallery.manifest["source"]["apart"],) if apart == "auto" else tuple(n.strip() for n in apart.split(","))
     known = column_kinds(gallery.about([]))
     for name in names:
-        if name not in known: raise BadInput(f"apart={apart}: no column '{name}'{did_you_mean(name, known)}; or give none")
+        if name in known: continue
+        raise BadInput(f"apart={apart}: no column '{name}'{did_you_mean(name, known)}; or give none")
     return names
 
 def _apart(gallery, query, settings):
@@ -229,5 +234,5 @@ def _answer_table(gallery, scores, rows):
     "What is known of the answers, nearest first."
     kept = rows >= 0
     items = gallery.about(rows[kept]).reset_index(drop=True)
-    ranks = pd.DataFrame(dict(rank=np.arange(1, kept.sum() + 1), score=scores[kept].astype(float), row=rows[kept]))
-    return pd.concat([ranks, items], axis=1)
+    found = dict(rank=np.arange(len(items)) + 1, score=scores[kept].astype(float), row=rows[kept])
+    return pd.concat([pd.DataFrame(found), items], axis=1)

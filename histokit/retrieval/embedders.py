@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_EMBEDDER', 'BIOMEDCLIP', 'WITH_WORDS', 'EMBEDDER_OPTIONS', 'EMBEDDER_FITS', 'EmbedderName', 'parse_embedder',
-           'memory_checked', 'unit_rows', 'Embedder', 'check_script', 'timm_embedder', 'clip_source', 'clip_embedder',
+           'memory_checked', 'unit_length', 'Embedder', 'check_script', 'timm_embedder', 'clip_source', 'clip_embedder',
            'open_embedder', 'write_tiny_clip']
 
 # %% ../../nbs/retrieval/embedders.ipynb #45c5e8ee
@@ -20,7 +20,7 @@ from ..core.text import BadInput, choose, did_you_mean, one_line, parse_args
 from ..frozen.features import weights_sha256
 from ..learn.encoders import ENCODERS, PACKAGES, EncoderOptions, brief_hub, create_encoder, pooled
 
-# %% ../../nbs/retrieval/embedders.ipynb #a75f0177
+# %% ../../nbs/retrieval/embedders.ipynb #305b9617
 DEFAULT_EMBEDDER = "timm:tf_efficientnet_lite0"
 BIOMEDCLIP = "open_clip:hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 WITH_WORDS = "open_clip:ViT-B-32/openai, biomedclip, or open_clip:FOLDER"
@@ -46,7 +46,8 @@ def parse_embedder(
     kind, _, rest = text.partition(":")
     if not rest or kind not in EMBEDDER_OPTIONS:
         names = ["timm:NAME", "open_clip:ARCHITECTURE/TAG", "biomedclip", *ENCODERS]
-        raise BadInput(f"'{text}' names no embedder{did_you_mean(text, names)}; write {DEFAULT_EMBEDDER} or {WITH_WORDS}")
+        near = did_you_mean(text, names)
+        raise BadInput(f"'{text}' names no embedder{near}; write {DEFAULT_EMBEDDER} or {WITH_WORDS}")
     if kind == "open_clip": return EmbedderName(kind, rest)
     name, _, options = rest.partition(",")
     options = parse_args(options, f"embedder {name}")
@@ -54,7 +55,7 @@ def parse_embedder(
     choose(options.get("fit", "own"), EMBEDDER_FITS, "fit")
     return EmbedderName(kind, name, options)
 
-# %% ../../nbs/retrieval/embedders.ipynb #8226b3d7
+# %% ../../nbs/retrieval/embedders.ipynb #6c03e69a
 _MEMORY = ("out of memory", "not enough memory", "can't allocate")
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def memory_checked(
         if isinstance(e, RuntimeError) and not any(sign in str(e).lower() for sign in _MEMORY): raise
         raise BadInput(f"out of memory while {what}: {mend}") from None
 
-def unit_rows(
+def unit_length(
     vectors,               # (n, D)
 )->np.ndarray:             # (n, D) float32 of length 1
     "Vectors of length one; `BadInput` where one has no direction."
@@ -76,7 +77,8 @@ def unit_rows(
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
     if not len(bad): return (vectors / length).astype(np.float32)
-    raise BadInput(f"vector {bad[0]} is zero or not finite ({len(bad)} such); use other weights, or look at the picture")
+    what = f"vector {bad[0]} is zero or not finite ({len(bad)} such)"
+    raise BadInput(f"{what}; use other weights, or look at the picture")
 
 class Embedder:
     "Pictures, and with some words, as unit vectors."
@@ -111,7 +113,7 @@ class Embedder:
                 some = [Image.fromarray(image).convert("RGB") for image in images[a:a + self.batch]]
                 pixels = torch.stack([self.transform(image) for image in some]).to(self.device)
                 parts.append(self.model(pixels).float().cpu().numpy())
-        return unit_rows(np.concatenate(parts))
+        return unit_length(np.concatenate(parts))
 
     @torch.inference_mode()
     def texts(self,
@@ -120,13 +122,13 @@ class Embedder:
         "The vectors of texts; `BadInput` where the encoder has no tower for them."
         self.need_words()
         for line in lines: check_script(line)
-        return unit_rows(self.words(list(lines)).float().cpu().numpy())
+        return unit_length(self.words(list(lines)).float().cpu().numpy())
 
     def need_words(self)->None:
         "Raise `BadInput` unless the encoder was trained with text."
         if self.words is not None: return
-        raise BadInput(f"{self.asked} has no text tower, so it cannot be asked in words; build an index with one that has: "
-            f"{WITH_WORDS}")
+        what = f"{self.asked} has no text tower, so it cannot be asked in words"
+        raise BadInput(f"{what}; build an index with one that has: {WITH_WORDS}")
 
     def identity(self)->dict:
         "What its vectors depend on: weights, preprocessing, dimension."
@@ -137,7 +139,7 @@ class Embedder:
             self._identity = about | dict(weights=weights_sha256(self.model, but=()))
         return self._identity
 
-# %% ../../nbs/retrieval/embedders.ipynb #e35c6632
+# %% ../../nbs/retrieval/embedders.ipynb #0ca29e21
 def check_script(
     text: str,
 )->None:
@@ -145,7 +147,8 @@ def check_script(
     for letter in filter(str.isalpha, text):
         script = unicodedata.name(letter, "UNKNOWN").split()[0]
         if script in ("LATIN", "FEMININE", "MASCULINE", "MICRO", "GREEK"): continue     # Greek: single letters in terms
-        raise BadInput(f"'{text}' has letters that are {script.title()}; the encoder was trained on English, so ask in it")
+        what = f"'{text}' has letters that are {script.title()}"
+        raise BadInput(f"{what}; the encoder was trained on English, so ask in it")
     if not any(map(str.isalpha, text)): raise BadInput(f"'{text}' holds no word; ask for a finding, such as pneumonia")
 
 # %% ../../nbs/retrieval/embedders.ipynb #7bac4901

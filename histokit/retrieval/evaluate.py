@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['P_AT', 'VOTERS', 'EVALUATION_MODES', 'chance_precision', 'chance_average_precision', 'leave_one_out_chance',
-           'chance_majority', 'Ranked', 'rank_queries', 'EvaluationSettings', 'Evaluation', 'evaluate_gallery',
-           'ranking_agreement']
+           'chance_majority', 'Ranked', 'rank_queries', 'EvaluationSettings', 'Evaluation', 'label_texts',
+           'evaluate_gallery', 'ranking_agreement']
 
-# %% ../../nbs/retrieval/evaluate.ipynb #2550d01d
-import functools, itertools, math
+# %% ../../nbs/retrieval/evaluate.ipynb #dab507bb
+import functools, math
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,7 +70,7 @@ def chance_majority(
         total += ways / split.count(max(split))
     return total / math.comb(sum(counts), k)
 
-# %% ../../nbs/retrieval/evaluate.ipynb #381d5588
+# %% ../../nbs/retrieval/evaluate.ipynb #4fb2b76f
 P_AT = (1, 3, 5, 10)
 VOTERS = 5                   # nearest answers that vote
 
@@ -119,10 +119,10 @@ def rank_queries(
             counts = np.bincount(code[may], minlength=len(names)).tolist()
             found = _measures(code[order] == code[row], code[order], code[row])
             rows.append(dict(query=row, label=labels[row]) | found | _chances(counts, code[row]))
-    if not rows: raise BadInput("no query has anything that may answer it; leave out less (apart=none), or add pictures")
+    if not rows: raise BadInput("no query has anything that may answer it; leave out less (apart=none)")
     return Ranked(pd.DataFrame(rows), nearest)
 
-# %% ../../nbs/retrieval/evaluate.ipynb #c1c89635
+# %% ../../nbs/retrieval/evaluate.ipynb #b5cc0758
 EVALUATION_MODES = ("auto", "leave-one-out", "split")
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Evaluation:
 
     def table(self)->pd.DataFrame:
         "A row a figure: value, interval and chance, of both ways."
-        parts = [("other patients" if self.apart == ("patient",) else f"other {' and '.join(self.apart)}s", self.strict)]
+        parts = [(f"other {' and '.join(self.apart)}s", self.strict)]
         parts = [*(parts if self.apart else []), ("any but itself", self.loose)]
         return pd.concat([self._figures(ranked).assign(answers=name) for name, ranked in parts], ignore_index=True)
 
@@ -163,8 +163,8 @@ class Evaluation:
             if not kept.any(): continue
             low, high = mean_interval(rows[name][kept], patient[kept], bootstrap=self.settings.bootstrap)
             chance = rows[f"chance_{name}"][kept].mean()
-            figures = dict(value=rows[name][kept].mean(), low=low, high=high, chance=chance, queries=int(kept.sum()))
-            out.append(dict(answers="", measure=name) | figures)
+            figures = dict(answers="", measure=name, value=rows[name][kept].mean())
+            out.append(figures | dict(low=low, high=high, chance=chance, queries=int(kept.sum())))
         return pd.DataFrame(out)
 
     def by_class(self)->pd.DataFrame:
@@ -194,11 +194,14 @@ class Evaluation:
 
 _NAMES = dict(average_precision="mean average precision", vote=f"majority of {VOTERS}")
 
-# %% ../../nbs/retrieval/evaluate.ipynb #c847e152
-def _labels_of(items, settings):
-    "The labels of the items as text; `BadInput` where there are none."
-    if settings.label not in items: raise BadInput(f"no column '{settings.label}'{did_you_mean(settings.label, items.columns)}")
-    labels = items[settings.label].astype(str).replace({"nan": "", "None": ""}).to_numpy()
+# %% ../../nbs/retrieval/evaluate.ipynb #e020bfb2
+def label_texts(
+    items,                   # of a gallery
+    name: str = "label",     # the column
+)->np.ndarray:               # (n,) text, "" where nothing is known
+    "The labels of items; `BadInput` where there are none, or all are the same."
+    if name not in items: raise BadInput(f"no column '{name}'{did_you_mean(name, items.columns)}")
+    labels = items[name].astype(str).replace({"nan": "", "None": ""}).to_numpy()
     known = labels[labels != ""]
     if not len(known): raise BadInput("no item has a label, so nothing can be evaluated; build the index with labels")
     if len(set(known)) == 1: raise BadInput(f"all labels are '{known[0]}', so there is nothing to tell apart")
@@ -244,8 +247,9 @@ def evaluate_gallery(
 )->Evaluation:
     "How often the nearest items have the query's label."
     rows = gallery.all_rows()
-    items, vectors, thumbs = gallery.about(rows).reset_index(drop=True), gallery.vectors_of(rows), gallery.thumbs_of(rows)
-    labels, apart = _labels_of(items, settings), apart_columns(gallery, settings.apart)
+    items = gallery.about(rows).reset_index(drop=True)
+    vectors, thumbs = gallery.vectors_of(rows), gallery.thumbs_of(rows)
+    labels, apart = label_texts(items, settings.label), apart_columns(gallery, settings.apart)
     mode, queries, answer = _queries(items, labels, settings)
     pairs = near_pairs(thumbs, flat=thumbs.reshape(len(thumbs), -1).std(1) < 1)
     strict, loose = _rules(items, answer, apart, _duplicates_of(pairs, len(items)))

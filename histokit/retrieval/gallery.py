@@ -27,7 +27,7 @@ from histokit.retrieval.nearest import (NearestSettings, load_faiss, make_approx
 from .sources import SpotSource, read_whole_picture
 from .staging import embed_source, left_out_of
 
-# %% ../../nbs/retrieval/gallery.ipynb #5341d39f
+# %% ../../nbs/retrieval/gallery.ipynb #8ebc63c7
 GALLERY_FORMAT = 1
 
 class Gallery:
@@ -88,7 +88,9 @@ class Gallery:
         if file not in self._spots: self._spots[file] = SpotSource(self.root/file, self.manifest["source"]["um"])
         return self._spots[file]
 
-    def _cut(self, row, px): return self.spots_of(row.file).cut([row.slide], [[row.x, row.y]], px)[0]
+    def _cut(self, row, px):
+        place = [[row.x, row.y]]
+        return self.spots_of(row.file).cut([row.slide], place, px)[0]
 
 # %% ../../nbs/retrieval/gallery.ipynb #b4c10b99
 def _npy_header(file, dtype, shape):
@@ -171,7 +173,7 @@ def _save_faiss(path, index):
         try: load_faiss().write_index(index, str(tmp))
         except RuntimeError as e: raise write_error(path, OSError(str(e))) from e
 
-# %% ../../nbs/retrieval/gallery.ipynb #1c5a1755
+# %% ../../nbs/retrieval/gallery.ipynb #545edd38
 class FolderGallery(Gallery):
     "A gallery in a folder."
     def __init__(self,
@@ -200,8 +202,8 @@ class FolderGallery(Gallery):
     def _array(self, name):
         "The rows of an array that count, mapped."
         rows = self.manifest["rows"]
-        try: array = np.load(self.folder/name, mmap_mode="r")
-        except (OSError, ValueError):
+        try: array = np.load(self.folder/name, mmap_mode="c")
+        except (OSError, ValueError, EOFError):
             raise BadInput(f"{self.folder/name} is missing or damaged; build the index again") from None
         if len(array) >= rows: return array[:rows]
         raise BadInput(f"{self.folder/name} holds {len(array)} rows of {rows}; build the index again")
@@ -252,12 +254,13 @@ class FolderGallery(Gallery):
         mend = f"histokit search add {self.place} FOLDER embeds them again, search delete --gone drops what is missing"
         raise BadInput(f"{self.place}: {first} {what} since the index was made ({len(wrong)} such files); {mend}")
 
-# %% ../../nbs/retrieval/gallery.ipynb #3cef4b74
+# %% ../../nbs/retrieval/gallery.ipynb #8499e379
 def _no_index(folder):
     "Why a folder is no index."
-    if not folder.exists(): return f"{folder} does not exist; make an index with: histokit search build SOURCE -o {folder}"
-    if (folder/_WORK).exists(): return f"{folder} was not finished; run the same histokit search build again, it goes on"
-    return f"{folder} is no index (it has no manifest.json); make one with: histokit search build SOURCE -o {folder}"
+    mend = f"make an index with: histokit search build SOURCE -o {folder}"
+    if not folder.exists(): return f"{folder} does not exist; {mend}"
+    if (folder/_WORK).exists(): return f"{folder} was not finished; run histokit search build again, it goes on"
+    return f"{folder} is no index (it has no manifest.json); {mend}"
 
 def _picture_change(path, size, time, sha256):
     "What happened to a picture; '' where it is the same."
@@ -278,13 +281,14 @@ def changed_files(
 )->dict:                         # file -> has changed, or is gone
     "The files that are not those that were embedded."
     root = Path(source["root"])
-    if source["kind"] == "spots": found = {f: _file_change(root/f, known) for f, known in source["fingerprints"].items()}
+    if source["kind"] == "spots":
+        found = {f: _file_change(root/f, known) for f, known in source["fingerprints"].items()}
     else:
         stamps = (items[c] for c in ("file", "_bytes", "_time", "_sha256"))
         found = {f: _picture_change(root/f, *stamp) for f, *stamp in zip(*stamps)}
     return {f: what for f, what in found.items() if what}
 
-# %% ../../nbs/retrieval/gallery.ipynb #80ce9cc3
+# %% ../../nbs/retrieval/gallery.ipynb #e5fd9fe6
 _BLOCK = 1 << 14
 
 def _kept_blocks(staging, what):
@@ -310,7 +314,8 @@ def _check_target(folder, fresh):
     "`BadInput` where a folder holds something that must not be written over."
     if (folder/"manifest.json").exists() and not fresh:
         raise BadInput(f"{folder} holds an index; add to it with histokit search add, or replace it with --fresh")
-    others = [p.name for p in folder.iterdir() if p.name not in (*_FILES, _NEXT, _WORK, ".lock")] if folder.is_dir() else []
+    own = (*_FILES, _NEXT, _WORK, ".lock")
+    others = [p.name for p in folder.iterdir() if p.name not in own] if folder.is_dir() else []
     if others: raise BadInput(f"{folder} holds other files ({some_of(others)}); give a new folder")
     if folder.exists() and not folder.is_dir(): raise BadInput(f"{folder} is a file; give a folder for the index")
 
@@ -330,14 +335,14 @@ def build_gallery(
         staged = _staged_folder(folder)
         write_rows(staged/"embeddings.npy", _kept_blocks(staging, "vectors"), np.float32, (staging.width,))
         write_rows(staged/"thumbs.npy", _kept_blocks(staging, "thumbs"), np.uint8, (THUMB_PX, THUMB_PX))
-        vectors = np.load(staged/"embeddings.npy", mmap_mode="r")
+        vectors = np.load(staged/"embeddings.npy", mmap_mode="c")
         manifest = new_manifest(source, embedder, settings, left_out_of(staging, source))
         manifest["measured"] = _write_index(staged, vectors, settings)
         _commit(folder, staged, staged_items(staging, source), manifest)
         staging.remove()
     return FolderGallery(folder)
 
-# %% ../../nbs/retrieval/gallery.ipynb #632b71de
+# %% ../../nbs/retrieval/gallery.ipynb #b3ba30f9
 def _relative(source, root):
     "The items of a source with their files relative to another folder."
     home = source.root if source.kind == "pictures" else source.path.parent
@@ -372,7 +377,8 @@ def add_to_gallery(
     "Embed what is new or has changed, and add it."
     gallery = FolderGallery(folder, check=False)
     gallery.check_embedder(embedder)
-    if source.kind != gallery.manifest["source"]["kind"]: raise BadInput(f"{folder} is an index of other things; build one")
+    kind = gallery.manifest["source"]["kind"]
+    if source.kind != kind: raise BadInput(f"{folder} is an index of {kind}, not of {source.kind}; build another one")
     items = _relative(source, gallery.root)
     new, replaced = _news(gallery, items)
     if not len(new): return gallery, 0, 0
@@ -382,7 +388,7 @@ def add_to_gallery(
         staged, old = _staged_folder(gallery.folder), gallery.items.copy()
         for name, what in (("embeddings.npy", "vectors"), ("thumbs.npy", "thumbs")):
             append_rows(gallery.folder/name, _kept_blocks(staging, what), before)
-        vectors = np.load(gallery.folder/"embeddings.npy", mmap_mode="r")
+        vectors = np.load(gallery.folder/"embeddings.npy", mmap_mode="c")
         old.loc[replaced, "_deleted"] = True
         fresh = staged_items(staging, source)
         fresh["file"] = items.file.iloc[[staging.records[i]["row"] for i in staging.kept()]].to_numpy()
@@ -405,8 +411,10 @@ def delete_from_gallery(
     "Items that will not be found any more."
     gallery = FolderGallery(folder, check=False)
     live = gallery.items[gallery.live]
-    if unknown := sorted(set(ids) - set(live.id)): raise BadInput(f"{folder} has no {some_of(unknown)}; give an item's id")
-    lost = [f for f, what in changed_files(live, gallery.manifest["source"]).items() if what == "is gone"] if gone else []
+    if unknown := sorted(set(ids) - set(live.id)):
+        raise BadInput(f"{folder} has no {some_of(unknown)}; give an item's id")
+    changed = changed_files(live, gallery.manifest["source"]) if gone else {}
+    lost = [file for file, what in changed.items() if what == "is gone"]
     rows = live.index[live.id.isin(ids) | live.file.isin(lost)]
     if len(rows) == len(live): raise BadInput(f"that would empty {folder}; delete the folder instead")
     if not len(rows): return gallery, 0
@@ -427,7 +435,7 @@ def pack_gallery(
         staged, shape = _staged_folder(gallery.folder), gallery._vectors.shape[1:]
         write_rows(staged/"embeddings.npy", blocks(gallery._vectors), np.float32, shape)
         write_rows(staged/"thumbs.npy", blocks(gallery._thumbs), np.uint8, (THUMB_PX, THUMB_PX))
-        vectors = np.load(staged/"embeddings.npy", mmap_mode="r")
+        vectors = np.load(staged/"embeddings.npy", mmap_mode="c")
         manifest = gallery.manifest | dict(measured=_write_index(staged, vectors, gallery.settings))
         _commit(gallery.folder, staged, gallery.items.iloc[rows].reset_index(drop=True), manifest)
     return FolderGallery(folder, check=False)

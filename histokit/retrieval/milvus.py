@@ -6,7 +6,7 @@
 __all__ = ['MilvusPlace', 'is_milvus', 'parse_milvus', 'MilvusGallery', 'build_milvus', 'open_gallery', 'make_gallery',
            'add_to_milvus', 'delete_from_milvus', 'grow_gallery', 'shrink_gallery']
 
-# %% ../../nbs/retrieval/milvus.ipynb #0b7ea7ad
+# %% ../../nbs/retrieval/milvus.ipynb #ef4c1b6a
 import base64, contextlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from ..core.progress import track
 from ..core.text import BadInput, one_line
 from ..pictures.duplicates import THUMB_PX
 from .embedders import Embedder
-from .filters import milvus_filter
+from .filters import Condition, milvus_filter
 from .gallery import (FolderGallery, Gallery, add_to_gallery, build_gallery, changed_files,
     delete_from_gallery, new_manifest, pack_gallery, staged_items)
-from .nearest import NearestSettings
+from .nearest import NearestSettings, none_found
 from .staging import embed_source, left_out_of
 
-# %% ../../nbs/retrieval/milvus.ipynb #740bc47d
+# %% ../../nbs/retrieval/milvus.ipynb #29628abe
 @dataclass(frozen=True)
 class MilvusPlace:
     "A collection in a database."
@@ -45,10 +45,11 @@ def parse_milvus(
     rest = str(text).removeprefix("milvus:")
     found = re.fullmatch(r"(https?://[^/]+|.+?\.db)(?:/([A-Za-z_]\w*))?/?", rest)
     if not found or (rest.startswith("http") and not found[2]):
-        raise BadInput(f"{text}: write milvus:http://HOST:19530/NAME, or milvus:FILE.db; a name has letters, digits and _")
+        mend = "write milvus:http://HOST:19530/NAME, or milvus:FILE.db; a name has letters, digits and _"
+        raise BadInput(f"{text}: {mend}")
     return MilvusPlace(found[1], found[2] or "histokit")
 
-# %% ../../nbs/retrieval/milvus.ipynb #28b043a4
+# %% ../../nbs/retrieval/milvus.ipynb #f5fc09f5
 def _milvus_client(place):
     "A client; `BadInput` where the package or the server is not there."
     try: from pymilvus import MilvusClient
@@ -65,7 +66,8 @@ def _milvus_errors(place):
     "What the client raises in the block as one line."
     from pymilvus.exceptions import MilvusException
     try: yield
-    except MilvusException as e: raise BadInput(f"{place}: {one_line(e)[:200]}; look at the server, or build it again") from None
+    except MilvusException as e:
+        raise BadInput(f"{place}: {one_line(e)[:200]}; look at the server, or build it again") from None
 
 _MILVUS_KINDS = dict(torch="FLAT", flat="FLAT", ivf="IVF_FLAT", hnsw="HNSW")
 _INSERT = 2000           # rows at once
@@ -90,7 +92,7 @@ def _new_collection(client, place, width, settings, n):
         index.add_index("vector", index_type=_MILVUS_KINDS[kind], metric_type="IP", params=params)
         client.create_collection(name, schema=schema, index_params=index)
 
-# %% ../../nbs/retrieval/milvus.ipynb #b70bc578
+# %% ../../nbs/retrieval/milvus.ipynb #87f2852e
 def _as_row(row, vector, thumb, item):
     "A row as the database takes it."
     known = {k: v for k, v in plain(item).items() if v is not None and k != "_deleted"}
@@ -113,10 +115,11 @@ def _read_manifest(client, place):
     rows = client.query(name, filter="row >= 0", output_fields=["row", "text", "parts"], limit=10_000) \
         if client.has_collection(name) else []
     rows = sorted(rows, key=lambda r: r["row"])
-    if rows and len(rows) >= rows[0]["parts"]: return json.loads("".join(r["text"] for r in rows[:rows[0]["parts"]]))
+    parts = rows[0]["parts"] if rows else 0
+    if parts and len(rows) >= parts: return json.loads("".join(r["text"] for r in rows[:parts]))
     raise BadInput(f"{place} holds no finished index; make one with: histokit search build SOURCE -o {place}")
 
-# %% ../../nbs/retrieval/milvus.ipynb #da55339b
+# %% ../../nbs/retrieval/milvus.ipynb #6f42a522
 class MilvusGallery(Gallery):
     "A gallery in Milvus."
     def __init__(self,
@@ -125,7 +128,8 @@ class MilvusGallery(Gallery):
     ):
         self.where = place if isinstance(place, MilvusPlace) else parse_milvus(place)
         if "://" not in self.where.uri and not Path(self.where.uri).exists():
-            raise BadInput(f"{self.where.uri} does not exist; make an index with: histokit search build SOURCE -o {self.where}")
+            mend = f"make an index with: histokit search build SOURCE -o {self.where}"
+            raise BadInput(f"{self.where.uri} does not exist; {mend}")
         self.client = _milvus_client(self.where)
         with _milvus_errors(self.where):
             super().__init__(str(self.where), _read_manifest(self.client, self.where))
@@ -151,7 +155,8 @@ class MilvusGallery(Gallery):
         "Rows as a table with every column of its own kind, indexed by row."
         kinds = self.manifest["columns"]
         table = pd.DataFrame(found, columns=["row", *kinds])
-        for name, kind in kinds.items(): table[name] = table[name].astype(kind) if kind != "object" else table[name].fillna("")
+        for name, kind in kinds.items():
+            table[name] = table[name].fillna("") if kind == "object" else table[name].astype(kind)
         return table.set_index("row").rename_axis(None)
 
     def _some(self, rows, fields):
@@ -166,21 +171,24 @@ class MilvusGallery(Gallery):
 
     def find(self, column: str, value)->pd.DataFrame:
         "The rows that hold this value."
-        return self._frame(self._query(f"{column} == {json.dumps(plain(value), ensure_ascii=False)}", ["row", *self.columns]))
+        same = milvus_filter([Condition(column, "=", (plain(value),))])
+        return self._frame(self._query(same, ["row", *self.columns]))
 
     def vectors_of(self, rows)->np.ndarray:
         found = [r["vector"] for r in self._some(rows, ["vector"])]
         return np.array(found, np.float32).reshape(-1, self.manifest["identity"]["dimension"])
 
     def thumbs_of(self, rows)->np.ndarray:
-        return np.array([_thumb(r["thumb"]) for r in self._some(rows, ["thumb"])], np.uint8).reshape(-1, THUMB_PX, THUMB_PX)
+        found = [_thumb(r["thumb"]) for r in self._some(rows, ["thumb"])]
+        return np.array(found, np.uint8).reshape(-1, THUMB_PX, THUMB_PX)
 
     def all_rows(self)->np.ndarray: return np.array(sorted(r["row"] for r in self._query("row >= 0", ["row"])), int)
 
     def allowed(self, conditions=())->int:
         "How many rows fulfil the conditions."
+        which = milvus_filter(conditions) or "row >= 0"
         with _milvus_errors(self.where):
-            found = self.client.query(self.where.name, filter=milvus_filter(conditions) or "row >= 0", output_fields=["count(*)"])
+            found = self.client.query(self.where.name, filter=which, output_fields=["count(*)"])
         return int(found[0]["count(*)"])
 
     def search(self, queries, k: int, conditions=())->tuple:
@@ -191,10 +199,11 @@ class MilvusGallery(Gallery):
         with _milvus_errors(self.where):
             found = self.client.search(self.where.name, queries.tolist(), limit=int(k), search_params=params or None,
                 filter=milvus_filter(conditions), output_fields=["row"])
-        scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
+        scores, rows = none_found(len(queries), k)
         for i, hits in enumerate(found):
-            hits = sorted(((float(h["distance"]), h["row"]) for h in hits), key=lambda h: (-h[0], h[1]))
-            if hits: scores[i, :len(hits)], rows[i, :len(hits)] = zip(*hits)
+            pairs = sorted((-float(h["distance"]), h["row"]) for h in hits)
+            scores[i, :len(pairs)] = [-away for away, _ in pairs]
+            rows[i, :len(pairs)] = [row for _, row in pairs]
         return scores, rows
 
     def check_pictures(self)->None:
@@ -204,9 +213,10 @@ class MilvusGallery(Gallery):
         wrong = changed_files(pd.DataFrame(self._query("row >= 0", ["row", *stamps])), source)
         if not wrong: return
         first, what = next(iter(wrong.items()))
-        raise BadInput(f"{self.place}: {first} {what} since the index was made ({len(wrong)} such files); add or delete them")
+        when = f"{first} {what} since the index was made ({len(wrong)} such files)"
+        raise BadInput(f"{self.place}: {when}; add or delete them with histokit search")
 
-# %% ../../nbs/retrieval/milvus.ipynb #6bacdf94
+# %% ../../nbs/retrieval/milvus.ipynb #0afe1874
 def _column_types(items):
     "Column -> type of numpy, object for text."
     return {c: "object" if items[c].dtype.kind not in "iuf" else str(items[c].dtype) for c in items if c != "_deleted"}
@@ -217,7 +227,8 @@ def _insert(client, place, staging, items, first):
     vectors, thumbs = staging.vectors(), staging.thumbs()
     for a in track(range(0, len(kept), _INSERT), "blocks inserted"):
         block = range(a, min(a + _INSERT, len(kept)))
-        client.upsert(place.name, [_as_row(first + i, vectors[kept[i]], thumbs[kept[i]], records[i]) for i in block])
+        made = (_as_row(first + i, vectors[kept[i]], thumbs[kept[i]], records[i]) for i in block)
+        client.upsert(place.name, list(made))
     client.flush(place.name)
 
 def build_milvus(

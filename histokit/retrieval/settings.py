@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..core.settings import check_device, within
 from ..core.text import BadInput, choose
 
-# %% ../../nbs/retrieval/settings.ipynb #a17358aa
+# %% ../../nbs/retrieval/settings.ipynb #6b70ccc3
 @dataclass(frozen=True)
 class RetrieveSettings:
     "13_retrieve: the embedder, the index, what is left out, and what is asked."
@@ -34,10 +34,10 @@ class RetrieveSettings:
     def __post_init__(self):
         from histokit.retrieval.embedders import parse_embedder
         from histokit.retrieval.evaluate import EVALUATION_MODES
-        from histokit.retrieval.look import MAP_METHODS
+        from histokit.retrieval.look import PLANE_METHODS
         parse_embedder(self.embedder)
         choose(self.mode, EVALUATION_MODES, "mode")
-        choose(self.map, MAP_METHODS, "map")
+        choose(self.map, PLANE_METHODS, "map")
         within(self, "k", "queries", "batch", low=1)
         within(self, "um", above=0)
         if self.seed < 0: raise BadInput(f"seed={self.seed}: give a whole number from 0 on")

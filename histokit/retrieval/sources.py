@@ -26,7 +26,7 @@ from ..pictures.naming import PictureNames, guess_pattern, list_pictures, parts_
 from ..pictures.prepared import LARGEST_PICTURE, SMALLEST_SIDE
 from ..pictures.settings import PictureSettings
 
-# %% ../../nbs/retrieval/sources.ipynb #faa065d3
+# %% ../../nbs/retrieval/sources.ipynb #6364255e
 _LEAST = 1024            # side to which a JPEG may be decoded smaller
 
 def read_whole_picture(
@@ -35,7 +35,8 @@ def read_whole_picture(
     "The pixels of a picture file; `BadInput` where it cannot be used."
     stored = read_stored(path, least=_LEAST, most=LARGEST_PICTURE)
     if min(stored.shape[:2]) < SMALLEST_SIDE:
-        raise BadInput(f"{path} has {stored.shape[1]} x {stored.shape[0]} pixels, which show nothing; give the picture itself")
+        size = f"{stored.shape[1]} x {stored.shape[0]} pixels"
+        raise BadInput(f"{path} has {size}, which show nothing; give the picture itself")
     pixels = as_bytes(stored, str(path))
     return as_rgb(pixels, str(path)) if pixels.shape[2:] == (4,) else pixels
 
@@ -86,9 +87,9 @@ class PictureSource:
         "A hash that changes with the rows; that of the pixels comes with each picture."
         return sha256_of(str(self.root.resolve()), self.items.astype(str).to_csv(index=False))
 
-# %% ../../nbs/retrieval/sources.ipynb #755bf47b
-_WITHOUT_LABELS = ("and no labels", "nothing to tell apart", "no labelled picture", "clearly the label", "are no classes",
-    "holds no label")
+# %% ../../nbs/retrieval/sources.ipynb #3aea374e
+_WITHOUT_LABELS = ("and no labels", "nothing to tell apart", "no labelled picture", "clearly the label",
+    "are no classes", "holds no label")
 
 def _label_texts(table):
     "The label of each item in words; several are joined, none is ''."
@@ -151,7 +152,7 @@ def picture_source(
     labels = found.label_columns if found.kind == "multilabel" else ["label"]
     return PictureSource(root, _ordered(_labelled(found)), found.layout, pattern, tuple(labels))
 
-# %% ../../nbs/retrieval/sources.ipynb #60858acf
+# %% ../../nbs/retrieval/sources.ipynb #70265e03
 @dataclass
 class SpotSource:
     "Spots of slides to search."
@@ -170,7 +171,8 @@ class SpotSource:
         self.types, spots = tuple(factory.targets), factory.spots
         self.scale = {name: info.um_per_px for name, info in factory.slides.items()}
         number = spots.groupby("slide").cumcount().astype(str)
-        items = spots[["slide", "x", "y", "split", "patient"]].assign(id=spots.slide + ":" + number, file=self.path.name)
+        items = spots[["slide", "x", "y", "split", "patient"]].assign(file=self.path.name)
+        items["id"] = spots.slide + ":" + number
         amounts = spots[list(self.types)].to_numpy(float)
         known, names = np.isfinite(amounts).all(1), np.array(factory.cell_types, object)
         items["label"] = np.where(known, names[np.where(known[:, None], amounts, 0).argmax(1)], "")
@@ -200,7 +202,8 @@ class SpotSource:
     )->np.ndarray:       # (n, px, px, 3) uint8
         "The squares around some positions."
         if len(slides) == 0: return np.zeros((0, px, px, 3), np.uint8)
-        return self.sampler(px).sample(list(slides), xy)[:, 0].permute(0, 2, 3, 1).contiguous().numpy()
+        squares = self.sampler(px).sample(list(slides), xy)[:, 0]
+        return squares.permute(0, 2, 3, 1).contiguous().numpy()
 
     def read(self, rows, px: int = 224)->list:
         "The pixels of some rows, each with an empty stamp: the file as a whole has one."
@@ -220,7 +223,7 @@ class SpotSource:
         "A hash that changes with the slides or the size of the squares."
         return sha256_of(self.um, file_fingerprint(self.path))
 
-# %% ../../nbs/retrieval/sources.ipynb #6d241061
+# %% ../../nbs/retrieval/sources.ipynb #452148ea
 _TABLES = (".csv", ".tsv", ".parquet")
 
 def open_source(
@@ -236,4 +239,5 @@ def open_source(
     if path.is_dir() or path.suffix.lower() in _TABLES: return picture_source(path, settings)
     what = content_of(path)[0]
     if what == "an HDF5 file": return SpotSource(path, um)
-    raise BadInput(f"{path} is {what or 'no file of a known kind'}; give a folder or table of pictures, or an HDF5 of slides")
+    what = what or "no file of a known kind"
+    raise BadInput(f"{path} is {what}; give a folder or table of pictures, or an HDF5 of slides")

@@ -107,7 +107,7 @@ def _whole_lines(path):
         if found[-1] is None: return found[:-1]
     return found
 
-# %% ../../nbs/retrieval/staging.ipynb #5d72a0b4
+# %% ../../nbs/retrieval/staging.ipynb #a141bb97
 def embedding_key(
     source, embedder,
 )->str:
@@ -123,7 +123,8 @@ def _batch(source, embedder, rows):
     if good: vectors[good] = embedder.pictures([found[i][0] for i in good])
     for i in good: thumbs[i] = grey_thumbnail(found[i][0])
     for row, f in zip(rows, found):
-        records.append(dict(row=int(row), why=one_line(f)) if isinstance(f, BadInput) else dict(row=int(row), **f[1]))
+        facts = dict(why=one_line(f)) if isinstance(f, BadInput) else f[1]
+        records.append(dict(row=int(row)) | facts)
     return vectors, thumbs, records
 
 def embed_source(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare', 'run_retrieval', 'draw_search', 'measure_gallery', 'report']
 
-# %% ../../nbs/retrieval/task.ipynb #4e458b04
+# %% ../../nbs/retrieval/task.ipynb #63904cfe
 import os
 
 import pandas as pd
@@ -14,6 +14,7 @@ from ..core.files import make_dir, write_text
 from ..core.runs import RunFolder
 from ..core.text import BadInput, one_line
 from .adapter import gallery_gain
+from .embedders import open_embedder
 from .evaluate import EvaluationSettings, evaluate_gallery, ranking_agreement
 from .gallery import build_gallery
 from histokit.retrieval.look import (draw_answers, draw_map, draw_precision, sample_queries, search_page,
@@ -36,7 +37,7 @@ def prepare(
         ask = ask.put(data_path=str(folder.resolve()))
     return ask, 20_000 * len(open_source(ask.get("data_path"), ask.get("um"))) + 20_000_000
 
-# %% ../../nbs/retrieval/task.ipynb #0d88e9a0
+# %% ../../nbs/retrieval/task.ipynb #9cd184a9
 def _judged(gallery, settings, notes):
     "The evaluation; None where labels are missing, with the reason among the notes."
     try: return evaluate_gallery(gallery, EvaluationSettings(settings.mode, apart=settings.apart))
@@ -54,8 +55,9 @@ def _further(gallery, settings, notes):
             f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]" for r in gain.itertuples()]
     if gallery.manifest["source"]["kind"] == "spots":
         found["agreement"] = a = ranking_agreement(gallery)
-        notes.append(f"ranking of cell types, nearest spot of another slide: Spearman {a['nearest']:.3f}, a spot at random "
-            f"{a['chance']:.3f}, difference {a['difference']:+.3f} [{a['low']:+.3f}, {a['high']:+.3f}]")
+        nearest = f"nearest spot of another slide: Spearman {a['nearest']:.3f}, a spot at random {a['chance']:.3f}"
+        difference = f"difference {a['difference']:+.3f} [{a['low']:+.3f}, {a['high']:+.3f}]"
+        notes.append(f"ranking of cell types, {nearest}, {difference}")
     return found
 
 def _spoken(gallery, embedder, settings, notes):
@@ -71,7 +73,6 @@ def run_retrieval(
     say=print,
 )->dict:                      # what metrics.json holds
     "Build the index, evaluate it, draw it, and write it all down."
-    from histokit.retrieval.embedders import open_embedder
     embedder = open_embedder(settings.embedder, settings.device, settings.batch)
     if settings.questions: embedder.need_words()              # before the work, not after it
     fresh = (run/"index"/"manifest.json").exists()
@@ -122,7 +123,7 @@ def measure_gallery(
         notes.append(f"wrote {out}/search.html and {out}/figures/")
     return metrics, "\n".join([str(found), *notes])
 
-# %% ../../nbs/retrieval/task.ipynb #7849c340
+# %% ../../nbs/retrieval/task.ipynb #eba31848
 def report(
     run: RunFolder,       # finished
 )->str:
@@ -135,4 +136,5 @@ def report(
             for r in table.itertuples()]
     home = os.path.relpath(run.path)
     places = dict(page="search.html", index="index/", figures="figures/")
-    return "\n".join(["", *lines, *metrics["notes"], "", *(f"{what:12}{home}/{where}" for what, where in places.items())])
+    there = [f"{what:12}{home}/{where}" for what, where in places.items()]
+    return "\n".join(["", *lines, *metrics["notes"], "", *there])

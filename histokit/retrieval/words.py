@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'Wanted', 'read_query', 'prompts_of', 'query_vector']
 
-# %% ../../nbs/retrieval/words.ipynb #ee5878d8
+# %% ../../nbs/retrieval/words.ipynb #4684d83f
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..core.text import BadInput, choose
-from .embedders import unit_rows
+from .embedders import unit_length
 
-# %% ../../nbs/retrieval/words.ipynb #14f71ace
+# %% ../../nbs/retrieval/words.ipynb #35f72022
 _CUES = (r"(?:no evidence of|no signs? of|absence of|free of|free from|negative for|rather than"
     r"|without|lacking|lacks|neither|nor|no|not)")
 _CUE = re.compile(rf"(?<!-)\b{_CUES}\b(?!-)\s*", re.IGNORECASE)
@@ -50,7 +50,8 @@ def _read_clause(clause, sought, denied):
     sought += _terms(clause[:cue.start()] if cue else clause)
     if not cue: return
     first, comma, rest = clause[cue.end():].partition(",")
-    if (again := _CUE.match(first)): return _read_clause(first[again.end():] + comma + rest, sought, denied)   # not without
+    if (again := _CUE.match(first)):                       # not without
+        return _read_clause(first[again.end():] + comma + rest, sought, denied)
     more = _CUE.search(first)
     denied += _terms(first[:more.start()] if more else first)
     if more: _read_clause(first[more.start():], sought, denied)
@@ -64,10 +65,11 @@ def read_query(
     "What a question in words seeks and denies; `BadInput` where it names nothing."
     sought, denied = [], []
     for clause in _TURN.split(_NO_CUE.sub(" ", text)): _read_clause(clause, sought, denied)
-    if not sought and not denied: raise BadInput(f"'{text}' names nothing to look for; ask for a finding, such as pneumonia")
+    if not sought and not denied:
+        raise BadInput(f"'{text}' names nothing to look for; ask for a finding, such as pneumonia")
     return Wanted(text, tuple(sought), tuple(denied))
 
-# %% ../../nbs/retrieval/words.ipynb #4082e850
+# %% ../../nbs/retrieval/words.ipynb #4122c6a8
 PROMPTS = dict(
     xray=("{}", "a chest X-ray showing {}", "a radiograph with {}", "findings consistent with {}"),
     pathology=("{}", "an H&E image of {}", "a histopathology slide showing {}", "tissue with {}"),
@@ -83,7 +85,7 @@ def prompts_of(
 
 def _mean_of(texts, lines):
     "The direction of the mean of several texts."
-    return unit_rows(texts(lines).mean(0, keepdims=True))[0]
+    return unit_length(texts(lines).mean(0, keepdims=True))[0]
 
 def query_vector(
     wanted: Wanted,
@@ -95,4 +97,4 @@ def query_vector(
     vector = _mean_of(texts, sought)
     if not wanted.denied: return vector
     denied = _mean_of(texts, [line for term in wanted.denied for line in prompts_of(term, kind)])
-    return unit_rows((vector - denied)[None])[0]
+    return unit_length((vector - denied)[None])[0]

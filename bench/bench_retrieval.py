@@ -2,9 +2,9 @@
 
     python bench/bench_retrieval.py [--quick] [--exact] [--threads 2]
 
-A million vectors of 512 numbers (--quick: fifty thousand): mixtures of 2 000 groups in 64 directions with noise, as the
-vectors of an encoder are; in vectors without any structure no approximate search finds its way. --exact leaves the graph
-out, whose building takes minutes."""
+A million vectors of 512 numbers (--quick: fifty thousand), much as an encoder's are: mixtures of 2 000 groups in 64
+directions, with noise. In vectors without any structure no approximate search finds its way. --exact leaves out the
+graph, whose building takes minutes."""
 import argparse
 import os
 import tempfile

@@ -22,7 +22,6 @@ SETS = ("chest_xray", "adult", "tb", "spots")
 def measure(name, real, embedder, home, adapter):
     path = real/"her2st_cells.h5" if name == "spots" else real/"cxr"/name
     if not path.exists(): return print(f"\n== {name}: {path} is not here; skipped")
-    # of tb the labels stand in the files' names; the table says the same and the patients
     source, start = open_source(path, 224., PictureSettings()), time.time()
     gallery = build_gallery(source, home/name, embedder)
     print(f"\n== {name}: {source!r}\n{len(gallery)} embedded in {time.time() - start:.0f} s by {embedder.asked}")
@@ -34,8 +33,8 @@ def measure(name, real, embedder, home, adapter):
 
 def show_agreement(found):
     difference = f"{found['difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
-    print(f"ranking of cell types by the {found['k']} nearest spots of other sections: Spearman {found['nearest']:.3f}, "
-        f"a random spot of other sections {found['chance']:.3f}, difference {difference}")
+    nearest = f"the {found['k']} nearest spots of other sections: Spearman {found['nearest']:.3f}"
+    print(f"ranking of cell types by {nearest}, a random spot {found['chance']:.3f}, difference {difference}")
 
 
 def show_gain(gain, chosen):

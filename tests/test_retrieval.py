@@ -180,7 +180,7 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, embedder):
         build_gallery(source, tmp_path/f"index{n}", embedder)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 448 * 128 * 128 / 3, peaks             # what is known of each row stays, not its pixels
+    assert peaks[1] - peaks[0] < 448 * 128 * 128 / 3, peaks         # what is known of a row stays, not its pixels
 
 
 def test_what_changed_is_refused_then_added_again(folder, embedder, index):
@@ -267,7 +267,8 @@ def test_bad_input_is_one_line_and_nothing_is_lost(folder, index, tmp_path):
 
 @pytest.mark.parametrize("name, cut, said", [
     ("embeddings.npy", 300, "missing or damaged"), ("metadata.parquet", 100, "missing or damaged"),
-    ("index.faiss", 200, "is damaged"), ("thumbs.npy", 0, "missing or damaged"), ("manifest.json", 30, "readable JSON")])
+    ("index.faiss", 200, "is damaged"), ("thumbs.npy", 0, "missing or damaged"),
+    ("manifest.json", 30, "readable JSON")])
 def test_damaged_indexes_are_refused(index, name, cut, said):
     file = index.folder/name
     file.write_bytes(file.read_bytes()[:cut])

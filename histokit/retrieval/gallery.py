@@ -27,7 +27,7 @@ from histokit.retrieval.nearest import (NearestSettings, load_faiss, make_approx
 from .sources import SpotSource, read_whole_picture
 from .staging import embed_source, left_out_of
 
-# %% ../../nbs/retrieval/gallery.ipynb #8ebc63c7
+# %% ../../nbs/retrieval/gallery.ipynb #04864f8e
 GALLERY_FORMAT = 1
 
 class Gallery:
@@ -51,11 +51,6 @@ class Gallery:
     def root(self)->Path:
         "The folder that files are relative to."
         return Path(self.manifest["source"]["root"])
-
-    @property
-    def adapter(self):
-        "The arrays of a trained map that vectors went through; None where there is none."
-        return self.manifest.get("adapter")
 
     def check_embedder(self, embedder: Embedder)->None:
         "Raise `BadInput` unless the vectors were made by this embedder."

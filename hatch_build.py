@@ -1,4 +1,4 @@
-"""The build of wheel and sdist: the review page goes in. A package without it says so, here and when it is asked for it."""
+"""The build of wheel and sdist puts the review page in. A package without it says so, here and when it is used."""
 import importlib.util
 import shutil
 import subprocess

@@ -1,8 +1,10 @@
-"""The review page in a real browser, from an empty folder to the export: what a lab does with it, and what may not go wrong."""
+"""The review page in a real browser, from an empty folder to the export: what a lab does with it."""
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ pytest.importorskip("fastapi", reason="the review app is not installed: pip inst
 ROOT = Path(__file__).resolve().parents[1]
 WEB = ROOT/"web"
 MEASURES = ["architecture", "atrophy", "complexes", "fibrosis"]
-WAIT = 60_000      # milliseconds that a busy machine may take for one step
+WAIT = 180_000     # milliseconds that a busy machine may take for one step
 AS_SERVED = "from histokit.cli import app; app()"
 
 
@@ -53,7 +55,8 @@ class Served:
     def __init__(self, folder, *flags):
         asked = [sys.executable, "-c", AS_SERVED, "review", "open", str(folder), "--port", "0", "--no-browser", *flags]
         quiet = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
-        self.process = subprocess.Popen(asked, env=quiet, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        both = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(asked, env=quiet, cwd=ROOT, **both)
         lines = []
         while not (found := re.search(r"http://\S+/", lines[-1] if lines else "")):
             line = self.process.stdout.readline()
@@ -161,9 +164,10 @@ def upload(ada, table, folder):
     broken.write_bytes(Path(table.path[0]).read_bytes()[:3000])
     page = ada.go("/upload")
     page.set_input_files("input[type=file]", [*table.path, str(broken)])
-    ada.until("document.querySelectorAll('.file.stored').length === 12 && document.querySelectorAll('.file.refused').length === 1")
+    ada.until("document.querySelectorAll('.file.stored').length === 12")
+    ada.until("document.querySelectorAll('.file.refused').length === 1")
     assert broken.name in page.locator(".file.refused").inner_text()
-    ada.until("document.querySelector('section[aria-label=Queue] .tallies').innerText.replace(/\\s+/g, ' ').includes('12 drafted')")
+    ada.until("/12\\s+drafted/.test(document.querySelector('section[aria-label=Queue] .tallies').innerText)")
     assert page.locator("section[aria-label=Queue] .state.Completed").count() == 12
     page.set_input_files("input[type=file]", [table.path[3]])
     ada.see(".file.known")
@@ -399,3 +403,48 @@ def test_the_types_are_those_of_the_back_end():
     from histokit.review.api import openapi
     digest = hashlib.sha256(json.dumps(openapi(), sort_keys=True).encode()).hexdigest()
     assert digest in (WEB/"src/openapi.d.ts").read_text()[:300], "run: tools/web.sh types"
+
+
+class Listener:
+    "What a build says."
+    def __init__(self): self.said = []
+    def display_warning(self, line): self.said.append(line)
+
+
+@pytest.fixture
+def hook(tmp_path, monkeypatch):
+    "The hook of the wheel's build, on a copy of the page's sources, without Node."
+    pytest.importorskip("hatchling")
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT/"hatch_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    shutil.copytree(WEB, tmp_path/"web", ignore=shutil.ignore_patterns("node_modules", "dist"))
+    (tmp_path/"tools").mkdir()
+    shutil.copy(ROOT/"tools/web_sources.py", tmp_path/"tools")
+    def make(): return module.ReviewPage(str(tmp_path), {}, None, None, str(tmp_path/"out"), "wheel", Listener())
+    return make, module.LINE
+
+
+def included(make):
+    data, page = dict(force_include={}), make()
+    page.initialize("standard", data)
+    return data["force_include"], page.app.said
+
+
+def test_a_wheel_without_the_page_says_so(hook, tmp_path):
+    files, said = included(hook[0])
+    [(note, place)] = files.items()
+    assert said == [hook[1]] and place == "histokit/_assets/web/MISSING.txt"
+    assert Path(note).read_text() == hook[1] + "\n"
+
+
+def test_a_wheel_takes_the_page_only_of_the_sources_beside_it(hook, tmp_path):
+    script = [sys.executable, str(tmp_path/"tools/web_sources.py")]
+    digest = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    (tmp_path/"web/dist").mkdir()
+    (tmp_path/"web/dist/index.html").write_text("<!doctype html>")
+    (tmp_path/"web/dist/.sources").write_text(digest)
+    assert included(hook[0]) == ({"web/dist": "histokit/_assets/web"}, [])
+    (tmp_path/"web/src/scores.ts").write_text("// another page")
+    assert included(hook[0])[1] == [hook[1]]

@@ -141,12 +141,13 @@ export async function flush(): Promise<void> {
   } finally {
     sending.value = false
   }
+  if (waiting.value.length && !trouble.value) void flush()      // came in after the last look
 }
 
 /** Keeps an edit and sends it. */
 export function enqueue(edit: Edit): void {
   entries.value = [...entries.value, keep(edit)]
-  void flush().then(() => { if (waiting.value.length && !trouble.value) void flush() })
+  void flush()
 }
 
 /** Gives up an edit that the server refused. */

@@ -66,6 +66,7 @@ export const jobs = signal<Map<number, Job>>(new Map())
 export const live = signal(false)
 export const imageChanged = signal<{ id: number; n: number }>({ id: 0, n: 0 })
 let stream: EventSource | null = null
+let again: ReturnType<typeof setTimeout> | undefined
 
 function onJob(job: Job) {
   jobs.value = new Map(jobs.value).set(job.id, job)
@@ -88,9 +89,13 @@ export async function readJobs(): Promise<void> {
 }
 function openStream() {
   stream?.close()
+  clearTimeout(again)
   stream = new EventSource('/api/events/stream')
   stream.onopen = () => { live.value = true; void readJobs() }
-  stream.onerror = () => { live.value = false }
+  stream.onerror = () => {
+    live.value = false
+    if (stream?.readyState === EventSource.CLOSED) again = setTimeout(openStream, 5000)      // refused, not only cut off
+  }
   const on = <T>(name: string, f: (data: T) => void) =>
     stream!.addEventListener(name, (e) => { try { f(JSON.parse((e as MessageEvent).data)) } catch { /* not ours */ } })
   on<Job>('job', (j) => { onJob(j); if (j.state === 'Completed') laterList() })
@@ -125,6 +130,7 @@ export async function enter(s: Session): Promise<void> {
 }
 function leave() {
   stream?.close()
+  clearTimeout(again)
   stream = null
   live.value = false
   closeOutbox()

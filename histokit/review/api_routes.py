@@ -246,7 +246,7 @@ def attention_map(request: Request, number: int, measure: str):
     if not path.exists(): _review(request).draw(*files, measure, str(path), (row.width, row.height))
     return _kept(request, path.read_bytes(), "image/png")
 
-# %% ../../nbs/review/api_routes.ipynb #d44bc359
+# %% ../../nbs/review/api_routes.ipynb #d8c459e9
 async def upload(request: Request):
     "Take files in, many in one form."
     files = FormFiles(_store(request).folder, request.headers.get("content-type", ""))
@@ -255,11 +255,13 @@ async def upload(request: Request):
         async for piece in request.stream():
             files.write(piece)
             for came in files.take(): await run_in_threadpool(_take_in, request, came, answer)
+        if came := files.unfinished(): answer["refused"].append(refusal(came, _CUT_OFF))
     except ClientDisconnect: raise Refused(400, _BROKE_OFF) from None
     finally: files.drop()
     if not files.count: raise BadInput("the form has no file in it; choose some")
     return answer
 
+_CUT_OFF = "the upload ended in the middle of this file; send it again"
 _BROKE_OFF = "the upload broke off; what was complete is kept, send the rest again"
 
 def _take_in(request, came, answer):

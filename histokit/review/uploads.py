@@ -80,7 +80,7 @@ def _runs(number):
     import psutil
     return number.isdigit() and psutil.pid_exists(int(number))
 
-# %% ../../nbs/review/uploads.ipynb #c6c53e3b
+# %% ../../nbs/review/uploads.ipynb #54509dab
 class FormFiles:
     "Receives a multipart form; `done` holds the files that are complete and not taken yet."
     def __init__(self, folder: Path, content_type: str, most: int = 10_000):
@@ -128,6 +128,10 @@ class FormFiles:
         "The files that were completed since the last time."
         done, self.done = self.done, []
         return done
+
+    def unfinished(self)->Incoming:
+        "The file in whose middle the form ended; None where it ended as it should."
+        return self._now
 
     def drop(self)->None:
         "The request broke off: forget what was not taken."
@@ -218,7 +222,7 @@ def refusal(
     "What is said of a file that was not taken."
     return dict(name=came.name[:300], why=one_line(error))
 
-# %% ../../nbs/review/uploads.ipynb #313ab69e
+# %% ../../nbs/review/uploads.ipynb #51e20ebf
 def pictures_in(
     folder,       # on the server
 )->list:          # paths, in order
@@ -237,7 +241,7 @@ def keep_folder(
     user_id: int = None,
 )->dict:                 # accepted and refused, as for an upload
     "Take every picture of a folder in; each is copied."
-    folder, answer = Path(folder).expanduser().resolve(), dict(accepted=[], refused=[])
+    folder, answer = _whole_path(folder), dict(accepted=[], refused=[])
     if folder.is_relative_to(store.folder): raise BadInput("this is the study's own folder; give one with pictures")
     for path in pictures_in(folder):
         came = Incoming(store.folder, path.name)
@@ -246,6 +250,14 @@ def keep_folder(
             answer["accepted"].append(keep_file(store, came, user_id))
         except BadInput as e: answer["refused"].append(refusal(came, e))
     return answer
+
+def _whole_path(folder):
+    "A path that does not depend on where the server was started."
+    try: path = Path(folder).expanduser()
+    except RuntimeError: path = Path(folder)
+    if not path.is_absolute() or "\0" in str(folder):
+        raise BadInput(f"'{str(folder)[:80]}' is no whole path; give one from the root on, such as /data/crops")
+    return path.resolve()
 
 def _copy(path, came):
     try:

@@ -37,7 +37,7 @@ def k_centre(
         nearest = np.minimum(nearest, _squared_distance(features, features[found[-1]]))
     return found
 
-# %% ../../nbs/review/active.ipynb #e27fee09
+# %% ../../nbs/review/active.ipynb #a102c12f
 @dataclass
 class _Chooser:
     "What has been taken so far."
@@ -83,21 +83,25 @@ def next_images(
     features, uncertainty = np.asarray(features, float), np.nan_to_num(np.asarray(uncertainty, float))
     _check_sizes(frame, features, uncertainty, known)
     if not len(frame): return []
-    chooser = _Chooser(frame.group.to_numpy(), per_group)
-    unsure = np.argsort(-uncertainty, kind="stable")
-    covering = _Cover(features, known)
+    chooser, cover = _Chooser(frame.group.to_numpy(), per_group), _Cover(features, known)
     by_chance = np.random.default_rng(seed).permutation(len(frame))
-    every = max(round(1 / random_share), 2) if random_share > 0 else 0
+    orders = {_UNSURE: lambda: np.argsort(-uncertainty, kind="stable"), _UNLIKE: lambda: cover.order(chooser.taken)}
+    orders[_CHANCE] = lambda: by_chance
     found, ids = [], frame.id.tolist()
     for place in range(min(k, len(frame))):
-        if every and place % every == every - 1: row, why = chooser.take(by_chance), _CHANCE
-        elif place % 2: row, why = chooser.take(covering.order(chooser.taken)), _UNLIKE
-        else: row, why = chooser.take(unsure), _UNSURE
+        why = _turn(place, random_share)
+        row = chooser.take(orders[why]())
         if row is None: break
         found.append((ids[row], _reason(why, row, uncertainty)))
     return found
 
 _CHANCE, _UNLIKE, _UNSURE = "chance", "unlike", "unsure"
+
+def _turn(place, random_share):
+    "Which rule chooses the image at this place of the list."
+    every = max(round(1 / random_share), 2) if random_share > 0 else 0
+    if every and place % every == every - 1: return _CHANCE
+    return _UNLIKE if place % 2 else _UNSURE
 
 def _reason(why, row, uncertainty):
     "A sentence for the person who is asked."

@@ -68,7 +68,7 @@ def is_not_worse(
     if apart["value"] is None or apart["low"] is None: return False
     return apart["value"] >= 0 and apart["low"] >= -margin
 
-# %% ../../nbs/review/study_train.ipynb #a9eb5a96
+# %% ../../nbs/review/study_train.ipynb #815711b1
 def _frozen_in(store, table):
     "The frozen samples of a study, noted in it."
     already = store.get_meta("frozen_groups", [])
@@ -91,6 +91,20 @@ def _compared(store, new, table, measures):
     seen = sorted(set(old.metrics.get("learnt_from", [])) & set(table.group))
     return found | dict(old_version=row.version, old_learnt_from_frozen=seen)
 
+def _add_new(store, table, kept, settings, margin, log):
+    "Train on the rows that are not kept out, compare, and add the model to the study: its version and metrics."
+    with tempfile.TemporaryDirectory(dir=store.folder) as place:
+        file = Path(place)/"model.safetensors"
+        metrics = train_scorer(table[~kept], store.settings().measures, settings, file, log)
+        new = Scorer.load(file)
+        comparison = _compared(store, new, table[kept], new.measures)
+        promoted = comparison is None or is_not_worse(comparison, margin)
+        learnt = sorted({str(g) for g in table.group[~kept]})
+        metrics = metrics | dict(learnt_from=learnt, promoted=promoted, comparison=comparison)
+        new.config["metrics"] = metrics
+        new.save(file)
+        return store.add_model(file, metrics, activate=promoted), metrics
+
 def train_study(
     folder,                  # of the study, or its open `Store`
     settings: ScorerSettings = ScorerSettings(),
@@ -100,26 +114,15 @@ def train_study(
     "Train on the consensus of a study, compare on its frozen samples, and promote the model where it is not worse."
     if not isinstance(folder, Store):
         with Store(folder) as store: return train_study(store, settings, margin, log)
-    store, measures = folder, folder.settings().measures
-    table = store.consensus_table()
-    frozen = _frozen_in(store, table)
+    table = folder.consensus_table()
+    frozen = _frozen_in(folder, table)
     kept = table.group.isin(frozen)
     log(f"{len(table)} crops have a consensus; {int(kept.sum())} are of frozen samples and are kept out")
-    with tempfile.TemporaryDirectory(dir=store.folder) as place:
-        file = Path(place)/"model.safetensors"
-        metrics = train_scorer(table[~kept], measures, settings, file, log)
-        new = Scorer.load(file)
-        learnt = sorted({str(g) for g in table.group[~kept]})
-        comparison = _compared(store, new, table[kept], measures)
-        promoted = comparison is None or is_not_worse(comparison, margin)
-        about = metrics | dict(learnt_from=learnt, promoted=promoted, comparison=comparison)
-        new.config["metrics"] = about
-        new.save(file)
-        version = store.add_model(file, about, activate=promoted)
-    sentence = _sentence(comparison, promoted, margin)
-    log(sentence)
-    return plain(dict(version=version, promoted=promoted, sentence=sentence, comparison=comparison, frozen=frozen,
-        metrics=metrics))
+    version, metrics = _add_new(folder, table, kept, settings, margin, log)
+    about = {k: metrics.pop(k) for k in ("promoted", "comparison")}
+    about["sentence"] = _sentence(about["comparison"], about["promoted"], margin)
+    log(about["sentence"])
+    return plain(about | dict(version=version, frozen=frozen, metrics=metrics))
 
 def _sentence(comparison, promoted, margin):
     "What became of the new model, and why."

@@ -78,7 +78,8 @@ def save_all(server, people, images, rounds=1):
 def told(name, seconds, rate):
     worst = statistics.quantiles(seconds, n=20)[-1]
     median = statistics.median(seconds)
-    print(f"{name:44} {rate:6.0f} saves/s   median {median * 1e3:5.1f} ms   95 % under {worst * 1e3:6.1f} ms", flush=True)
+    print(f"{name:44} {rate:6.0f} saves/s   median {median * 1e3:5.1f} ms   95 % under {worst * 1e3:6.1f} ms",
+        flush=True)
 
 
 def upload(server, path, n, sizes):
@@ -98,7 +99,8 @@ def main(quick):
         tiff = large_tiff(folder/"large.tif")
         begin = time.perf_counter()
         write_tiles(folder/"large.zip", tiff)
-        print(f"tiles of 18 million pixels, {tiff.stat().st_size / 1e6:.0f} MB striped TIFF: {time.perf_counter() - begin:.2f} s")
+        cut = time.perf_counter() - begin
+        print(f"tiles of 18 million pixels, {tiff.stat().st_size / 1e6:.0f} MB striped TIFF: {cut:.2f} s")
         filled_study(folder/"study", 200)
         server = Server(folder/"study")
         told("4 people, 200 images, nothing else", *save_all(server, 4, 50 if quick else 200))

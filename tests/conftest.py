@@ -44,3 +44,28 @@ def browser():
         chromium = playwright.chromium.launch(executable_path=found, args=quiet)
         yield chromium
         chromium.close()
+
+
+# --- the review app: each test once on SQLite and once on a real PostgreSQL --------------------
+
+@pytest.fixture(scope="session")
+def postgres():
+    "A PostgreSQL of its own; skips where its programs are missing."
+    from review_tools import Postgres
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request):
+    "A function that gives the address of an empty database; '' is SQLite in the study's folder."
+    if request.param == "sqlite": return lambda: ""
+    return request.getfixturevalue("postgres").new_database
+
+
+@pytest.fixture
+def store(database, tmp_path):
+    "An empty study."
+    from histokit.review.store import Store
+    with Store(tmp_path/"study", database()) as opened: yield opened

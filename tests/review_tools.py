@@ -16,7 +16,6 @@ import pytest
 pytest.importorskip("fastapi", reason="the review app is not installed: pip install 'histokit[review]'")
 
 from histokit.core.pictures import write_picture       # noqa: E402
-from histokit.review.store import Store                 # noqa: E402
 from histokit.review.store_images import NewFile        # noqa: E402
 
 KEYS = ("architecture", "atrophy", "complexes", "fibrosis")
@@ -83,25 +82,6 @@ class Postgres:
         self.process.send_signal(signal.SIGQUIT)        # at once: nothing of it is kept
         self.process.wait(20)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-@pytest.fixture(scope="session")
-def postgres():
-    server = Postgres()
-    yield server
-    server.close()
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request):
-    "A function that gives the address of an empty database; '' is SQLite in the study's folder."
-    if request.param == "sqlite": return lambda: ""
-    return request.getfixturevalue("postgres").new_database
-
-
-@pytest.fixture
-def store(database, tmp_path):
-    with Store(tmp_path/"study", database()) as opened: yield opened
 
 
 def new_file(name, content="0"):

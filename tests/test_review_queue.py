@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from review_tools import KEYS, add_images, database, free_port, postgres, store  # noqa: F401
+from review_tools import KEYS, add_images, free_port
 
 from histokit.core.pictures import write_picture
 from histokit.review.queue import Worker, run_worker, tiles_path
@@ -123,7 +123,7 @@ def test_a_worker_killed_at_random_loses_nothing(store, tmp_path, kills):
         time.sleep(chance.random() * .1)
         killed = worker.process
         killed.kill()
-        wait_for(lambda: worker.process is not killed)
+        wait_for(lambda killed=killed: worker.process is not killed)
     retried = set()
     def settled():
         for job in store.jobs_in("Failed"):
@@ -190,7 +190,8 @@ def test_the_server_that_dies_takes_its_worker_along(tmp_path):
     import psutil
     study = tmp_path/"study"
     server = start_server(study, free_port(), "")
-    wait_for(lambda: any("queue" in " ".join(c.cmdline()) for c in psutil.Process(server.pid).children(recursive=True)), 60)
+    wait_for(lambda: any("queue" in " ".join(c.cmdline())
+        for c in psutil.Process(server.pid).children(recursive=True)), 60)
     workers = psutil.Process(server.pid).children(recursive=True)
     server.kill()
     server.wait()

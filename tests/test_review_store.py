@@ -18,7 +18,7 @@ from histokit.review.schema import MIGRATIONS, current, events, metadata, migrat
 from histokit.review.store import Store
 from histokit.review.store_events import Conflict, Edit, NotThere
 from histokit.review.store_images import ImageQuery, Person
-from review_tools import KEYS, add_images, add_people, database, draft_all, new_file, postgres, store  # noqa: F401
+from review_tools import KEYS, add_images, add_people, draft_all, new_file
 
 
 def scores(store, image, author):
@@ -92,7 +92,8 @@ def test_uids_cannot_be_taken_over(store):
     anna, ben = add_people(store, "Anna", "Ben")
     store.save(first, anna, [Edit("same-uid-1", "fibrosis", 1)])
     for image, person, value in ((first, anna, 2), (first, ben, 1), (second, anna, 1)):
-        with pytest.raises(Conflict, match="is taken"): store.save(image, person, [Edit("same-uid-1", "fibrosis", value)])
+        with pytest.raises(Conflict, match="is taken"): store.save(image, person,
+            [Edit("same-uid-1", "fibrosis", value)])
     with pytest.raises(Conflict, match="two edits"):
         store.save(first, anna, [Edit("same-uid-2", "fibrosis", 1), Edit("same-uid-2", "atrophy", 1)])
     with pytest.raises(NotThere): store.save(99, anna, [Edit("same-uid-3", "fibrosis", 1)])
@@ -263,7 +264,8 @@ def test_closing_a_person_keeps_the_scores(store):
     [image], [anna] = add_images(store, 1), add_people(store, "Anna")
     store.save(image, anna, [Edit("anna-00001", "fibrosis", 4)])
     store.close_person(anna)
-    assert store.detail(Person(0, "", "viewer"), image)["people"] == [dict(id=anna, name="Anna", scores=dict(fibrosis=4))]
+    assert store.detail(Person(0, "", "viewer"),
+        image)["people"] == [dict(id=anna, name="Anna", scores=dict(fibrosis=4))]
 
 
 # --- export and import ------------------------------------------------------------------------
@@ -322,7 +324,8 @@ def test_a_damaged_export_leaves_an_empty_study(store, tmp_path, find, put, why)
         try: import_csv(again, tmp_path/"bad.csv")
         except BadInput as e:
             assert why is None or why in str(e)
-            assert "\n" not in str(e) and not again.people() and again.find(Person(0, "", "viewer"), ImageQuery())[0] == 0
+            assert "\n" not in str(e) and not again.people() and again.find(Person(0, "", "viewer"),
+                ImageQuery())[0] == 0
         else: assert why is None
 
 
@@ -337,7 +340,8 @@ class AnyOrder(RuleBasedStateMachine):
         import tempfile
         self.scratch = tempfile.TemporaryDirectory()
         self.store = Store(self.scratch.name, type(self).url() if callable(type(self).url) else "")
-        self.store.set_settings(StudySettings(measures=[dict(key="a", high=2), dict(key="b", high=2)], blind_first=blind))
+        self.store.set_settings(StudySettings(measures=[dict(key="a", high=2), dict(key="b", high=2)],
+            blind_first=blind))
         self.people = [self.store.add_person(n, "scorer") for n in ("Anna", "Ben")]
         self.images = [self.store.register(new_file(f"S-1_Image{i:03}.tif")).id for i in (1, 2)]
         self.sent, self.told, self.number, self.claims = [], [], 0, []

@@ -80,10 +80,11 @@ def _runs(number):
     import psutil
     return number.isdigit() and psutil.pid_exists(int(number))
 
-# %% ../../nbs/review/uploads.ipynb #54509dab
+# %% ../../nbs/review/uploads.ipynb #2471b487
 class FormFiles:
     "Receives a multipart form; `done` holds the files that are complete and not taken yet."
     def __init__(self, folder: Path, content_type: str, most: int = 10_000):
+        from python_multipart.exceptions import FormParserError
         from python_multipart.multipart import MultipartParser, parse_options_header
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
@@ -93,13 +94,14 @@ class FormFiles:
         told = dict(on_part_begin=self._begin, on_header_field=self._field, on_header_value=self._value,
             on_header_end=self._end_header, on_headers_finished=self._open, on_part_data=self._data,
             on_part_end=self._end)
-        self._parser = MultipartParser(options[b"boundary"], told)
+        try: self._parser = MultipartParser(options[b"boundary"], told)
+        except FormParserError as e: raise BadInput(f"the form cannot be read ({one_line(e)}); send it again") from None
 
     def write(self, data: bytes)->None:
         "Take a piece of the request."
-        from python_multipart.exceptions import ParseError
+        from python_multipart.exceptions import FormParserError
         try: self._parser.write(data)
-        except ParseError as e: raise BadInput(f"the form cannot be read ({one_line(e)}); send it again") from None
+        except FormParserError as e: raise BadInput(f"the form cannot be read ({one_line(e)}); send it again") from None
 
     def _begin(self): self._header, self._name, self._text = {}, b"", b""
     def _field(self, data, start, end): self._name += data[start:end]

@@ -24,7 +24,7 @@ from .core.runs import (RunFolder, StageBook, assets, earlier_seconds, package_f
 from .core.stop import at_stop
 from .core.text import BadInput, choose, comma_parts, did_you_mean, one_line, typed
 
-# %% ../nbs/06_pipeline.ipynb #7105f227
+# %% ../nbs/06_pipeline.ipynb #b86284d5
 @dataclass(frozen=True)
 class Stage:
     "A notebook of a task."
@@ -62,6 +62,10 @@ TASKS = {t.name: t for t in [
         Stage("12_explain", "histokit.pictures.explaining:ExplainSettings", reports=True))),
     Task("retrieval", "the cases most like a picture, a spot or words", module="histokit.retrieval.task", stages=(
         Stage("13_retrieve", "histokit.retrieval.settings:RetrieveSettings"),)),
+    Task("reports", "drafts of reports of pictures, scored", module="histokit.reports.task", stages=(
+        Stage("10_images", "histokit.pictures.settings:PictureSettings"),
+        Stage("11_classify", "histokit.pictures.classify_settings:ClassifySettings"),
+        Stage("14_report", "histokit.reports.drafting:ReportSettings"))),
 ]}
 STAGES = TASKS["spots"].names()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARK', 'ONE_SIDE', 'BOTH_SIDES', 'sureness', 'class_words', 'finding_sentence', 'map_side', 'FindingsGenerator']
 
-# %% ../../nbs/reports/findings.ipynb #b6eeb263
+# %% ../../nbs/reports/findings.ipynb #3dea6cb6
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 
 from ..core.compute import pick_device
+from ..core.files import file_fingerprint
 from ..core.runs import RunFolder
 from ..core.text import BadInput
 from ..learn.explain import explain_map
@@ -72,7 +73,7 @@ def map_side(
     if most >= ONE_SIDE: return ("right" if right > .5 else "left"), right
     return ("both" if most <= BOTH_SIDES else ""), right
 
-# %% ../../nbs/reports/findings.ipynb #5ecfc57d
+# %% ../../nbs/reports/findings.ipynb #18936517
 @dataclass
 class FindingsGenerator(Generator):
     "Words what a run's classifier says."
@@ -86,7 +87,8 @@ class FindingsGenerator(Generator):
         self.networks = bool(self.run.folds()) and self.answered.data.kind != "multilabel"
 
     def identity(self)->dict:
-        return dict(generator=self.name, run=str(self.run.path), auc=self.answered.metrics["auc"]["value"])
+        answers = file_fingerprint(self.run/"oof.parquet")
+        return dict(generator=self.name, answers=answers, auc=self.answered.metrics["auc"]["value"])
 
     @cached_property
     def numbers(self)->dict:

@@ -404,6 +404,22 @@ def test_an_adapter_is_judged_on_patients_it_has_not_seen():
     with pytest.raises(BadInput, match="six patients"): nested_gain(vectors, label, np.arange(90) % 4)
 
 
+def test_an_adapted_index_is_asked_through_its_adapter(folder, index, tmp_path):
+    made = search("adapt", index.folder, "-o", tmp_path/"adapted", "--width", 6)
+    assert made.exit_code == 0, made.output
+    turned = tmp_path/"person0_99.png"
+    Image.open(folder/"a"/"person0_0.png").rotate(3).save(turned)
+    found = json.loads(search("image", tmp_path/"adapted", turned, "--apart", "none", "--near", "-k", 12, "--json").output)
+    assert "person0_0.png" in [row["id"] for row in found["found"][:4]]
+    adapted = FolderGallery(tmp_path/"adapted")
+    assert adapted.vectors_of([0]).shape == (1, 6) and not index.manifest.get("adapter")
+    assert "words cannot follow" in refused("text", tmp_path/"adapted", "no effusion")
+    assert "went through an adapter" in refused("adapt", tmp_path/"adapted", "-o", tmp_path/"twice")
+    assert "unknown shape" in refused("adapt", index.folder, "-o", tmp_path/"new", "--shape", "deep")
+    (tmp_path/"adapted"/"adapter.safetensors").write_bytes(b"torn")
+    assert "is not the adapter" in refused("image", tmp_path/"adapted", turned)
+
+
 def test_eval_writes_figures_and_a_page(folder, index, tmp_path):
     made = search("eval", index.folder, "--out", tmp_path/"worth")
     assert made.exit_code == 0, made.output

@@ -12,6 +12,7 @@ interface RowProps {
   disabled?: boolean
   onSet: (value: number | null) => void
   onActive: () => void
+  stillActive: () => boolean            // now, not when the row was drawn
 }
 
 function Difference({ measure, value, draft }: { measure: Measure; value: number | null; draft: number | null }) {
@@ -27,7 +28,7 @@ function Difference({ measure, value, draft }: { measure: Measure; value: number
 }
 
 /** The buttons of the grid (or of its whole numbers, with a fine stepper), as one radio group. */
-export function ScoreRow({ measure: m, value, draft, active, disabled, onSet, onActive }: RowProps) {
+export function ScoreRow({ measure: m, value, draft, active, disabled, onSet, onActive, stillActive }: RowProps) {
   const group = useRef<HTMLDivElement>(null)
   const all = grid(m)
   const options = all.length ? all : wholes(m)
@@ -36,7 +37,7 @@ export function ScoreRow({ measure: m, value, draft, active, disabled, onSet, on
   const focusable = value === null ? options[0] : nearest
 
   useEffect(() => {
-    if (!active) return
+    if (!active || !stillActive()) return      // another key came meanwhile: two rows must not fight for the focus
     const inside = group.current?.contains(document.activeElement)
     const elsewhere = document.activeElement && document.activeElement !== document.body && !document.activeElement.closest('.scores')
     if (!inside && !elsewhere) group.current?.querySelector<HTMLElement>('[tabindex="0"]')?.focus({ preventScroll: true })

@@ -201,7 +201,7 @@ function ScoreSide({ item, detail, mine, act, active, onHelp }: SideProps) {
       <div class="score-rows">
         {measures.value.map((m) => (
           <ScoreRow key={m.key} measure={m} value={given(mine, m.key)} draft={seen ? given(item.draft, m.key) : null}
-            active={active.value === m.key} disabled={!mayScore.value} onActive={() => { active.value = m.key }}
+            active={active.value === m.key} disabled={!mayScore.value} onActive={() => { active.value = m.key }} stillActive={() => active.value === m.key}
             onSet={(v) => { active.value = m.key; act.set(m, v); if (v !== null && !fineStep(m)) act.move(1) }} />
         ))}
       </div>

@@ -196,3 +196,20 @@ def test_the_server_that_dies_takes_its_worker_along(tmp_path):
     server.kill()
     server.wait()
     wait_for(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers), 30)
+
+
+def test_the_process_that_draws_maps_ends_with_the_server(tmp_path):
+    import psutil
+    code = f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from histokit.review.api_routes import Review
+from histokit.review.store import Store
+review = Review(Store({str(tmp_path / "study")!r}))
+print(review._send(time.monotonic).result() > 0, *review._maps._processes, flush=True)
+time.sleep(60)"""
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    done, number = server.stdout.readline().split()
+    assert done == "True" and psutil.pid_exists(int(number))
+    server.kill()
+    server.wait()
+    wait_for(lambda: not psutil.pid_exists(int(number)), 20)

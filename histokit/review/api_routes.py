@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROUTES', 'Review', 'Route']
 
-# %% ../../nbs/review/api_routes.ipynb #913ee412
-import threading
+# %% ../../nbs/review/api_routes.ipynb #1ed91f9d
+import os, threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,14 +23,14 @@ from ..core.text import BadInput
 from . import api_models as forms
 from .measures import as_settings
 from .people import COOKIE, LogIns, Refused, hash_password
-from .queue import draw_attention, draws_maps, map_path, ready_tiles, seen_path
+from .queue import draw_attention, draws_maps, end_with, map_path, ready_tiles, seen_path
 from .store import Store
 from .store_events import Edit, NotThere
 from .store_images import ImageQuery, Person, hides_draft
 from .tiles import picture_dzi, read_entry, small_thumb
 from .uploads import FormFiles, keep_file, keep_folder, refusal
 
-# %% ../../nbs/review/api_routes.ipynb #63c5e3cb
+# %% ../../nbs/review/api_routes.ipynb #2ce6edd2
 class Review:
     "A study that is being served."
     def __init__(self,
@@ -57,7 +57,8 @@ class Review:
         with self._lock:
             if self._maps is None:
                 import multiprocessing
-                self._maps = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                alone = dict(mp_context=multiprocessing.get_context("spawn"), initializer=end_with)
+                self._maps = ProcessPoolExecutor(1, **alone, initargs=(os.getpid(),))
             with without_main(): return self._maps.submit(function, *args)
 
     def warm(self)->None:

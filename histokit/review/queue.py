@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['tiles_path', 'ready_tiles', 'seen_path', 'Drafter', 'work_on', 'worker_name', 'run_worker', 'Worker', 'map_path',
-           'draws_maps', 'draw_attention']
+           'end_with', 'draws_maps', 'draw_attention']
 
 # %% ../../nbs/review/queue.ipynb #b048d9ca
 import contextlib, os, socket, subprocess, sys, threading, time, uuid
@@ -192,7 +192,7 @@ class Worker:
         self.process.stdin.close()
         with contextlib.suppress(DatabaseTrouble): self.store.release(self.name)
 
-# %% ../../nbs/review/queue.ipynb #f6bb50e0
+# %% ../../nbs/review/queue.ipynb #b378368e
 def map_path(
     store: Store,
     version: str,   # of a model
@@ -201,6 +201,15 @@ def map_path(
 )->Path:
     "Where the map of a measure lies."
     return store.folder/"maps"/version/f"{Path(file).stem}-{measure}.png"
+
+def end_with(
+    parent: int,    # number of the process that started this one
+)->None:
+    "End this process soon after its parent did, however that ended."
+    def watch():
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(0)
+    threading.Thread(target=watch, daemon=True).start()
 
 def draws_maps()->bool:
     "Import what a map needs, ahead of the first one."

@@ -16,6 +16,13 @@ OUT = Path(__file__).resolve().parents[1]/"nbs/review/pictures"
 HEAD = {"X-Histokit": "1"}
 
 
+def keep_small(shot, path):
+    "At most 880 px wide, in 56 colours."
+    shot = shot.convert("RGB")
+    shot.thumbnail((880, 880), Image.Resampling.LANCZOS)
+    shot.quantize(56, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 class Walk:
     "A browser that takes small pictures."
     def __init__(self, browser, url, out):
@@ -27,14 +34,13 @@ class Walk:
         return context, context.request
 
     def shoot(self, context, name, path, until, then=None):
-        "A picture of one page, in 128 colours."
+        "A picture of one page."
         page = context.new_page()
         page.goto(f"/#{path}")
         page.locator(until).first.wait_for(timeout=120_000)
         if then: then(page)
         page.wait_for_timeout(2500)
-        shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-        shot.quantize(128, dither=Image.Dither.NONE).save(self.out/f"{name}.png", optimize=True)
+        keep_small(Image.open(io.BytesIO(page.screenshot())), self.out/f"{name}.png")
         page.close()
 
 

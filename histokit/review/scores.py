@@ -51,7 +51,7 @@ def kappa_value(
     error, chance = aa + bb - 2 * ab, aa + bb - 2 * a * b
     return 1 - np.divide(error, chance, out=np.full_like(error, np.nan), where=chance > 1e-12)
 
-# %% ../../nbs/review/scores.ipynb #df9b45a1
+# %% ../../nbs/review/scores.ipynb #25fd6adb
 def icc_columns(
     ratings,         # (n, k) without gaps
 )->np.ndarray:       # (n, 2 + k)
@@ -70,7 +70,8 @@ def icc_value(
     k, grand = rater.shape[-1], rater.mean(-1)
     between_rows, between_raters = k * (row - grand ** 2), ((rater - grand[..., None]) ** 2).sum(-1)
     rest = squares - k * grand ** 2 - between_rows - between_raters
-    ms_rows, ms_raters, ms_rest = n * between_rows / (n - 1), n * between_raters / (k - 1), n * rest / (n - 1) / (k - 1)
+    ms_rows, ms_raters = n * between_rows / (n - 1), n * between_raters / (k - 1)
+    ms_rest = n * rest / (n - 1) / (k - 1)
     whole = ms_rows + (k - 1) * ms_rest + k * (ms_raters - ms_rest) / n
     return np.divide(ms_rows - ms_rest, whole, out=np.full_like(whole, np.nan), where=whole > 1e-12)
 
@@ -190,14 +191,15 @@ def baseline_sentence(
     if mean[best] < mean[answer]: return f"{answer} beats the better baseline, {best} ({numbers})."
     return f"{answer} does not beat the baseline {best} ({numbers}): it knows no more than that."
 
-# %% ../../nbs/review/scores.ipynb #eefae602
+# %% ../../nbs/review/scores.ipynb #f71e3c27
 def degeneracy(
     scores,          # (n, M)
     measures,        # list of Measure
     most: float = .95,   # share of one direction beyond which several scores are called one
 )->dict:             # first_component, equal, one_score, sentence
     "Whether the scores of several measures are one score."
-    unit = np.stack([(np.asarray(s, float) - m.low) / (m.high - m.low) for s, m in zip(np.transpose(scores), measures)])
+    columns = np.transpose(np.asarray(scores, float))
+    unit = np.stack([(s - m.low) / (m.high - m.low) for s, m in zip(columns, measures)])
     vary = unit[unit.std(1) > 0]
     if len(measures) < 2 or not len(vary): share = None
     elif len(vary) == 1: share = 1.

@@ -73,7 +73,7 @@ def map_side(
     if most >= ONE_SIDE: return ("right" if right > .5 else "left"), right
     return ("both" if most <= BOTH_SIDES else ""), right
 
-# %% ../../nbs/reports/findings.ipynb #18936517
+# %% ../../nbs/reports/findings.ipynb #57ea9af8
 @dataclass
 class FindingsGenerator(Generator):
     "Words what a run's classifier says."
@@ -84,6 +84,7 @@ class FindingsGenerator(Generator):
 
     def __post_init__(self):
         self.answered = open_classified(self.run)
+        self._found, self._opened = {}, {}
         self.networks = bool(self.run.folds()) and self.answered.data.kind != "multilabel"
 
     def identity(self)->dict:
@@ -109,31 +110,30 @@ class FindingsGenerator(Generator):
     @property
     def threshold(self): return self.answered.threshold or .5
 
-    def _sides(self, cases):
-        "Side and share of each case, of the class that is most probable."
-        if not self.networks: return [("", np.nan)] * len(cases)
-        data = self.answered.data
-        fold, where = data.folds()[0], {int(r): i for i, r in enumerate(data.train)}
-        kept, out = self.run.folds(), []
-        for case in cases:
-            k = fold[where[case.row]] if case.row in where else kept[0]
+    @cached_property
+    def _place(self): return {int(r): i for i, r in enumerate(self.answered.data.train)}
+
+    def _side(self, case):
+        "Side and share of a case, of the class that is most probable; found once."
+        if not self.networks: return "", np.nan
+        if case.row not in self._found:
+            data, numbers = self.answered.data, self.numbers[case.row][0]
+            k = data.folds()[0][self._place[case.row]] if case.row in self._place else self.run.folds()[0]
             pixels = torch.from_numpy(np.array(data.pixels[case.row])).permute(2, 0, 1)[None]
-            chosen = max(self.numbers[case.row][0], key=self.numbers[case.row][0].get)
-            target = list(data.classes).index(chosen)
+            target = list(data.classes).index(max(numbers, key=numbers.get))
             heat = explain_map(self._network(int(k)), pixels, target, device=pick_device(self.device))[0]
-            out.append(map_side(heat))
-        return out
+            self._found[case.row] = map_side(heat)
+        return self._found[case.row]
 
     def _network(self, k):
         "The network of a fold, opened once."
-        self._opened = getattr(self, "_opened", {})
         if k not in self._opened: self._opened[k] = load_model(self.run.fold_dir(k))
         return self._opened[k]
 
     def draft(self, cases, name, prompt)->list:
         missing = next((c.id for c in cases if c.row not in self.numbers), None)
         if missing: raise BadInput(f"{self.run.path} has no answer for {missing}; run 11_classify again, with it")
-        return [self._draft(c, side, name) for c, side in zip(cases, self._sides(cases))]
+        return [self._draft(c, self._side(c), name) for c in cases]
 
     def _draft(self, case, side, prompt):
         "The draft of a case in the form that the prompt asks for."

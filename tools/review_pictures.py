@@ -84,11 +84,19 @@ def half(page):
     for key in "31": page.keyboard.press(key)
 
 
+def map_on(page):
+    "Press g and wait for the map, which is drawn on demand."
+    page.keyboard.press("g")
+    for _ in range(600):
+        if page.evaluate("document.querySelector('.attention')?.naturalWidth > 0"): return
+        page.wait_for_timeout(100)
+
+
 def photograph(walk, table):
     ada, items = fill(walk, table)
     late = items[25]["id"]
     walk.shoot(ada, "score", f"/review/{late}", ".score.active", half)
-    walk.shoot(ada, "map", f"/review/{items[7]['id']}", ".others", lambda page: page.keyboard.press("g"))
+    walk.shoot(ada, "map", f"/review/{items[7]['id']}", ".others", map_on)
     walk.shoot(ada, "pictures", "/images", ".image-row:not(.blank)")
     walk.shoot(ada, "add", "/upload", ".state.Completed")
     walk.shoot(ada, "agreement", "/agreement", ".agreement-table")

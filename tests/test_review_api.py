@@ -324,9 +324,24 @@ def test_a_folder_on_the_server(study, tmp_path):
 
 # --- anything at all --------------------------------------------------------------------------
 
+def ask_anything(client, operation, how, failures):
+    "Questions that fit an operation, and nothing but lines for an answer."
+    from hypothesis import given
+    @how
+    @given(case=operation.as_strategy())
+    def asked(case):
+        told = case.as_transport_kwargs(base_url="http://testserver")
+        told = {k: v for k, v in told.items()
+            if k in ("method", "url", "params", "json", "data", "files", "content")}
+        answer = client.request(**told)
+        if answer.status_code >= 500: failures.append((operation.method, operation.path, told, answer.text[:200]))
+        if answer.status_code >= 400: assert "\n" not in answer.json()["detail"]
+    asked()
+
+
 def test_any_question_that_fits_the_openapi_gets_an_answer_of_it(tmp_path):
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
-    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import HealthCheck, Phase, settings
     study = Study(tmp_path/"study")
     study.upload(("S-1_Image001.tif", picture_bytes(tmp_path)))
     schema = schemathesis.openapi.from_dict(openapi())
@@ -341,15 +356,6 @@ def test_any_question_that_fits_the_openapi_gets_an_answer_of_it(tmp_path):
         operation = result.ok()
         of_people = operation.path.startswith("/api/people") and operation.method.upper() != "GET"
         if operation.path in skipped or of_people: continue
-        @how
-        @given(case=operation.as_strategy())
-        def asked(case, operation=operation):
-            told = case.as_transport_kwargs(base_url="http://testserver")
-            told = {k: v for k, v in told.items()
-                if k in ("method", "url", "params", "json", "data", "files", "content")}
-            answer = client.request(**told)
-            if answer.status_code >= 500: failures.append((operation.method, operation.path, told, answer.text[:200]))
-            if answer.status_code >= 400: assert "\n" not in answer.json()["detail"]
-        asked()
+        ask_anything(client, operation, how, failures)
     study.review.close()
     assert not failures, failures[:3]

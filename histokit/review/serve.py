@@ -182,7 +182,7 @@ class ReviewServer:
         self.review.close()
         self.listener.close()
 
-# %% ../../nbs/review/serve.ipynb #2d82f201
+# %% ../../nbs/review/serve.ipynb #7a003f08
 def serve_review(
     store: Store,
     address: Address = Address(),
@@ -193,7 +193,7 @@ def serve_review(
     server = ReviewServer(store, address)
     show(f"{store.settings().name} at {server.url} (Ctrl-C ends it)")
     if server.review.setup_code: show(f"the first administrator needs the code {server.review.setup_code}")
-    if not address.is_local: show("http shows passwords on the way: put a proxy with HTTPS before it, and give --secure")
+    if not address.is_local: show("http shows passwords on the way: put a proxy with HTTPS before it, with --secure")
     if web_folder() is None: show(NO_PAGE)
     if store.model() is None: show("no model drafts yet: give --model FILE, or score and run `histokit review train`")
     if browser and web_folder(): threading.Timer(.5, webbrowser.open, [server.url]).start()

@@ -159,7 +159,7 @@ export const theme = setting<'auto' | 'light' | 'dark'>('theme', 'auto')
 export const listOpen = setting<boolean>('list', true)
 export const brightness = setting<number>('brightness', 1)
 export const contrast = setting<number>('contrast', 1)
-export const mapOpacity = setting<number>('map-opacity', 0.45)
+export const mapOpacity = setting<number>('map-opacity', 0.75)
 effect(() => {
   const root = document.documentElement
   if (theme.value === 'auto') root.removeAttribute('data-theme')

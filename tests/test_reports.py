@@ -131,7 +131,8 @@ def test_a_generator_that_ignores_the_picture_reads_zero(seed):
     verdicts = [read_text(d.text).verdict for d in drawn.draft(cases, "basic", "")]
     gap = grounding_gap(agreement_table(verdicts, [c.truth for c in cases]), [c.patient for c in cases])
     assert gap["low"] <= 0 <= gap["high"] and gap["high"] - gap["low"] < .5
-    same = grounding_gap(agreement_table(["abnormal"] * len(cases), [c.truth for c in cases]), [c.patient for c in cases])
+    same = grounding_gap(agreement_table(["abnormal"] * len(cases), [c.truth for c in cases]),
+        [c.patient for c in cases])
     assert abs(same["gap"]) < 1e-12 and abs(same["low"]) < 1e-12 and abs(same["high"]) < 1e-12
     right = grounding_gap(agreement_table([c.truth for c in cases], [c.truth for c in cases]))
     assert right["low"] > .3
@@ -218,7 +219,8 @@ def test_bad_input_is_one_line(run, models, tmp_path, monkeypatch):
     bare.mkdir()
     for file in ("config.json", "model.safetensors"): (bare/file).write_bytes((models["blip2"]/file).read_bytes())
     (tmp_path/"empty").mkdir()
-    bad = [(smoke_pictures(), [], "holds none"), (tmp_path/"empty", [], ""), (run.path, ["--generator", "medgemma"], "accept its terms"),
+    bad = [(smoke_pictures(), [], "holds none"), (tmp_path/"empty", [], ""), (run.path, ["--generator", "medgemma"],
+        "accept its terms"),
         (run.path, ["--generator", bare], "cannot be loaded"), (run.path, ["--generator", "blip3"], "no generator"),
         (run.path, ["--generator", models["gemma3"], "--precision", "fp16"], "NaN"),
         (run.path, ["--lexicon", "brain"], "no lexicon"), (run.path, ["--images", "-1"], "images=-1")]

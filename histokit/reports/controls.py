@@ -65,7 +65,7 @@ def text_controls(
         silent=float(np.mean(silent)), sameness=len(set(map(tuple, words))) / len(texts),
         words=float(np.mean([len(w) for w in words])))
 
-# %% ../../nbs/reports/controls.ipynb #9f1b14e6
+# %% ../../nbs/reports/controls.ipynb #5d68db62
 def agreement_table(
     verdicts, labels,    # (n,) of VERDICTS; (n,) normal or abnormal
 )->np.ndarray:           # (n, n): row i is the truth of picture i, column j the text of picture j
@@ -88,7 +88,8 @@ def grounding_gap(
     unit = pd.factorize(np.asarray(units))[0] if units is not None else np.arange(len(table))
     if len(set(unit)) < 2: raise BadInput("a grounding gap needs pictures of two patients at least; draft more")
     rows, own = np.arange(len(table)), float(table.diagonal().mean())
-    score = Score("gap", lambda p, t: _gap(table[np.ix_(t.astype(int), p.astype(int))], unit[p.astype(int)]), per_row=False)
+    score = Score("gap", lambda p, t: _gap(table[np.ix_(t.astype(int), p.astype(int))], unit[p.astype(int)]),
+        per_row=False)
     gap = _gap(table, unit)
     low, high = bootstrap_interval(score, rows, rows, unit, bootstrap=bootstrap)
     return dict(score=own, shuffled=own - gap, gap=gap, low=low, high=high)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ReportSettings', 'open_generator', 'write_drafts', 'read_drafts']
 
-# %% ../../nbs/reports/drafting.ipynb #6be9107c
+# %% ../../nbs/reports/drafting.ipynb #0279522d
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,11 @@ from ..core.progress import track
 from ..core.runs import RunFolder
 from ..core.settings import check_device, within
 from ..core.text import BadInput, choose
-from .cases import find_cases, sample_cases
 from .findings import FindingsGenerator
 from .generators import Generator
-from .prompts import read_prompts
-from .vision_language import DTYPES, MODELS, ModelGenerator, ModelSettings
+from .vision_language import DTYPES, VLM_MODELS, ModelGenerator, ModelSettings
 
-# %% ../../nbs/reports/drafting.ipynb #dbc291db
+# %% ../../nbs/reports/drafting.ipynb #c8df072b
 @dataclass(frozen=True)
 class ReportSettings:
     "14_report: what writes, on how many pictures, asked what."
@@ -39,7 +37,8 @@ class ReportSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.generator: raise BadInput(f"generator is empty; give findings, {', '.join(MODELS)}, OWNER/NAME or a folder")
+        if not self.generator:
+            raise BadInput(f"generator is empty; give findings, {', '.join(VLM_MODELS)}, OWNER/NAME or a folder")
         choose(self.precision, DTYPES, "precision")
         within(self, "images", "seed", low=0)
         within(self, "report_batch", "max_new_tokens", low=1)
@@ -58,7 +57,7 @@ def open_generator(
     mend = "give the run folder of histokit run image_probe, or another generator"
     raise BadInput(f"generator=findings words a classifier's answers, and {source} holds none; {mend}")
 
-# %% ../../nbs/reports/drafting.ipynb #f1f1f1af
+# %% ../../nbs/reports/drafting.ipynb #22eef21d
 def _file_of(folder, case): return folder/"drafts"/f"{sha256_of(case.id)[:16]}.json"
 
 def _manifest(folder, generator, prompts, fresh):
@@ -66,7 +65,7 @@ def _manifest(folder, generator, prompts, fresh):
     file, now = folder/"manifest.json", plain(generator.identity() | dict(prompts=prompts))
     if file.exists() and not fresh:
         if read_json(file) == now: return
-        raise BadInput(f"{folder} holds drafts of another generator or of other prompts; give another folder, or start afresh")
+        raise BadInput(f"{folder} holds drafts of another generator or of other prompts; give another one, or --fresh")
     for old in (folder/"drafts").glob("*.json"): old.unlink()
     write_json(file, now)
 
@@ -98,5 +97,6 @@ def read_drafts(
     for case in cases:
         kept = read_json(_file_of(Path(folder), case))["drafts"]
         about = dict(id=case.id, file=case.path.name, patient=case.patient, truth=case.truth)
-        rows += [about | dict(prompt=name, text=kept[name]["text"], facts=json.dumps(kept[name]["facts"])) for name in prompts]
+        rows += [about | dict(prompt=name, text=kept[name]["text"],
+            facts=json.dumps(kept[name]["facts"])) for name in prompts]
     return pd.DataFrame(rows)

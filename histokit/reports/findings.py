@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['MARK', 'ONE_SIDE', 'BOTH_SIDES', 'sureness', 'class_words', 'finding_sentence', 'map_side', 'FindingsGenerator']
 
-# %% ../../nbs/reports/findings.ipynb #3dea6cb6
+# %% ../../nbs/reports/findings.ipynb #1c64bbfe
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ..core.compute import pick_device
@@ -20,11 +19,11 @@ from ..core.text import BadInput
 from ..learn.explain import explain_map
 from ..learn.networks import load_model
 from ..pictures.explaining import open_classified
-from .generators import Draft, Generator
+from .generators import DraftText, Generator
 from .lexicon import read_lexicon
 from .sentences import plain_words
 
-# %% ../../nbs/reports/findings.ipynb #93943e8d
+# %% ../../nbs/reports/findings.ipynb #2b525ceb
 MARK = "Draft, worded from a classifier's numbers; no physician has seen it."
 
 def sureness(
@@ -38,7 +37,7 @@ def sureness(
 def class_words(
     name: str,           # of a class
 )->str:
-    "A class in words that a reader of reports knows; one that no lexicon knows is called an abnormality, with its name."
+    "A class in words that a reader of reports knows; one that no lexicon knows is an abnormality of that name."
     words = plain_words(str(name).replace("_", " "))
     if any(group != "normal" for *_, group in read_lexicon().find(words)): return words
     return f"abnormality of class '{words}'"
@@ -53,7 +52,8 @@ def finding_sentence(
     "A sentence about one class."
     how, words = sureness(p, threshold), class_words(name)
     where = {"": "", "both": " on both sides"}.get(side, f" on the {side}")
-    return _SAID[how].format(name=words, Name=words[:1].upper() + words[1:], side=where, p=_percent(p))
+    large = words[:1].upper() + words[1:]
+    return _SAID[how].format(name=words, Name=large, side=where, p=_percent(p))
 
 def _percent(p): return f"{100 * p:.0f} %" if .005 <= p <= .995 else ("under 1 %" if p < .5 else "over 99 %")
 
@@ -73,7 +73,7 @@ def map_side(
     if most >= ONE_SIDE: return ("right" if right > .5 else "left"), right
     return ("both" if most <= BOTH_SIDES else ""), right
 
-# %% ../../nbs/reports/findings.ipynb #57ea9af8
+# %% ../../nbs/reports/findings.ipynb #18819763
 @dataclass
 class FindingsGenerator(Generator):
     "Words what a run's classifier says."
@@ -138,17 +138,17 @@ class FindingsGenerator(Generator):
     def _draft(self, case, side, prompt):
         "The draft of a case in the form that the prompt asks for."
         numbers, file = self.numbers[case.row]
-        facts = [self._fact(c, p, side, file, case.row) for c, p in sorted(numbers.items(), key=lambda n: -n[1])]
-        facts = tuple(f for f, p in facts)
+        ordered = sorted(numbers.items(), key=lambda n: -n[1])
+        facts = tuple(self._fact(c, p, side, f"{file}, picture {case.row}") for c, p in ordered)
         said = " ".join(f["sentence"] for f in facts)
-        return Draft(_FORMS.get(prompt, "{said}").format(said=said, first=facts[0]["sentence"], mark=MARK), facts)
+        return DraftText(_FORMS.get(prompt, "{said}").format(said=said, first=facts[0]["sentence"], mark=MARK), facts)
 
-    def _fact(self, name, p, side, file, row):
+    def _fact(self, name, p, side, source):
         "A sentence, the numbers that it rests on, and where these are."
         where, share = side if sureness(p, self.threshold) == "present" else ("", np.nan)
         sentence = finding_sentence(name, p, self.threshold, where)
         return dict(sentence=sentence, number=p, threshold=self.threshold, right_share=share if where else None,
-            source=f"{file}, picture {row}"), p
+            source=source)
 
 def _is_normal(name): return "normal" in plain_words(str(name).replace("_", " ")).split()
 

@@ -55,7 +55,7 @@ class Phrases:
             found.append((word.start(), free, at[1]))
         return found
 
-# %% ../../nbs/reports/lexicon.ipynb #048a457c
+# %% ../../nbs/reports/lexicon.ipynb #b9ddf8f9
 GROUPS = ("disease", "chronic", "device", "technique", "general", "normal")
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ class Lexicon:
 
     def __post_init__(self):
         for group, findings in self.groups.items():
-            if group not in GROUPS: raise BadInput(f"lexicon {self.name}: no group '{group}'{did_you_mean(group, GROUPS)}")
+            if group not in GROUPS:
+                raise BadInput(f"lexicon {self.name}: no group '{group}'{did_you_mean(group, GROUPS)}")
             _check_findings(self.name, group, findings)
 
     @functools.cached_property
     def phrases(self)->Phrases:
         "Every term, with its finding and group."
-        return Phrases({t: (f, g) for g, findings in self.groups.items() for f, terms in findings.items() for t in terms})
+        return Phrases({t: (f, g) for g, findings in self.groups.items() for f,
+            terms in findings.items() for t in terms})
 
     def find(self, words: str)->list:    # of start, end, finding, group
         "The findings that plain words name."
@@ -100,6 +102,7 @@ def read_lexicon(
     file = Path(own.get(str(path), path))
     if not file.is_file(): raise BadInput(f"no lexicon '{path}'{did_you_mean(path, own)}; give a YAML file")
     try: found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as e: raise BadInput(f"{file} is not readable YAML: {one_line(e)}") from None
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise BadInput(f"{file} is not readable YAML: {one_line(e)}") from None
     if not isinstance(found, dict): raise BadInput(f"{file} must hold groups of findings ({', '.join(GROUPS)})")
     return Lexicon(file.stem, found)

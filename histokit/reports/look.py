@@ -14,7 +14,7 @@ from ..core.page import Html, escaped, html_figure, html_table, page
 from .cases import enlarged
 from .scoring import prompt_sentences
 
-# %% ../../nbs/reports/look.ipynb #b6a5efaa
+# %% ../../nbs/reports/look.ipynb #dd3de535
 _MARKS = {1.: ("agrees", "#1a7f37"), 0.: ("disagrees", "#b00020")}
 
 def _text_axis(ax, title, text, agrees, width):
@@ -62,12 +62,14 @@ def draw_prompts(
     fig = Figure(figsize=(3 * (len(rows) + 1), 3.2), layout="constrained")
     first, *others = fig.subplots(1, len(rows) + 1, squeeze=False)[0]
     _picture_axis(first, case, f"label: {case.truth or 'not known'}")
-    for ax, row in zip(others, rows.itertuples()): _text_axis(ax, f"{row.prompt}\n{row.verdict}", row.text, row.agrees, 36)
+    for ax, row in zip(others, rows.itertuples()): _text_axis(ax, f"{row.prompt}\n{row.verdict}", row.text,
+        row.agrees, 36)
     fig.suptitle("The same picture, asked in several ways", fontsize=10)
     return fig
 
-# %% ../../nbs/reports/look.ipynb #5a88e86e
-_SHOWN = ("texts", "agreement", "legacy_agreement", "grounding_gap", "gap_low", "gap_high", "echo", "repetition", "empty",
+# %% ../../nbs/reports/look.ipynb #5306e6c2
+_SHOWN = ("texts", "agreement", "legacy_agreement", "grounding_gap", "gap_low", "gap_high", "echo", "repetition",
+    "empty",
     "silent", "sameness")
 
 def report_page(
@@ -90,6 +92,7 @@ def _card(case, rows):
     "A picture and its drafts."
     image = enlarged(case.picture())
     image.thumbnail((360, 360))
-    shown = [dict(prompt=r.prompt, draft=r.text or "(empty)", verdict=r.verdict, keywords=r.legacy) for r in rows.itertuples()]
+    shown = [dict(prompt=r.prompt, draft=r.text or "(empty)", verdict=r.verdict,
+        keywords=r.legacy) for r in rows.itertuples()]
     figure = html_figure(image, f"{case.id}, label {case.truth or 'not known'}")
     return f"<section><h3>{escaped(case.id)}</h3>{figure}{html_table(shown, stacked=True)}</section>"

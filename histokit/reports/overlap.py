@@ -17,7 +17,7 @@ from .lexicon import Lexicon
 from .sentences import plain_words
 from .verdict import read_text
 
-# %% ../../nbs/reports/overlap.ipynb #bbd7b5d1
+# %% ../../nbs/reports/overlap.ipynb #403c6c1f
 def present_findings(
     text: str,
     lexicon: Lexicon = None,     # None = that of chest X-rays
@@ -32,7 +32,8 @@ def finding_f1(
     "F1 over the findings of all texts together (micro average)."
     if len(texts) != len(references): raise BadInput(f"{len(texts)} texts, but {len(references)} references")
     pairs = [(present_findings(t, lexicon), present_findings(r, lexicon)) for t, r in zip(texts, references)]
-    hit, said, true = (sum(map(len, some)) for some in zip(*[(a & b, a, b) for a, b in pairs]))
+    hit = sum(len(a & b) for a, b in pairs)
+    said, true = (sum(len(p[i]) for p in pairs) for i in (0, 1))
     precision, recall = (hit / n if n else None for n in (said, true))
     f1 = 2 * hit / (said + true) if said + true else None
     return dict(precision=precision, recall=recall, f1=f1, findings=true)
@@ -56,13 +57,15 @@ def bleu_4(
     ours, theirs = (sum(len(p[i]) for p in pairs) for i in (0, 1))
     return min(1., math.exp(1 - theirs / ours)) * math.exp(sum(map(math.log, shares)) / 4)
 
-# %% ../../nbs/reports/overlap.ipynb #8555c7fb
+# %% ../../nbs/reports/overlap.ipynb #12282077
 def _common(a, b):
     "Length of the longest common subsequence."
     row = [0] * (len(b) + 1)
     for x in a:
         before = 0
-        for j, y in enumerate(b, 1): before, row[j] = row[j], before + 1 if x == y else max(row[j], row[j - 1])
+        for j, y in enumerate(b, 1):
+            longest = before + 1 if x == y else max(row[j], row[j - 1])
+            before, row[j] = row[j], longest
     return row[-1]
 
 def rouge_l(

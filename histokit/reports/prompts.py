@@ -13,7 +13,7 @@ import yaml
 from ..core.runs import assets
 from ..core.text import BadInput, comma_names, did_you_mean, one_line
 
-# %% ../../nbs/reports/prompts.ipynb #94d4c751
+# %% ../../nbs/reports/prompts.ipynb #3bd8c25e
 def read_prompts(
     path="chest_xray",       # a YAML file, or the name of one that comes with histokit
     names: str = "",         # those that are wanted, with commas; "" = all
@@ -23,7 +23,8 @@ def read_prompts(
     file = Path(own.get(str(path), path))
     if not file.is_file(): raise BadInput(f"no prompts '{path}'{did_you_mean(path, own)}; give a YAML file")
     try: found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as e: raise BadInput(f"{file} is not readable YAML: {one_line(e)}") from None
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise BadInput(f"{file} is not readable YAML: {one_line(e)}") from None
     if not isinstance(found, dict) or not all(isinstance(p, str) and p.strip() for p in found.values()):
         raise BadInput(f"{file} must hold lines of `name: prompt`")
     wanted = comma_names(names) or tuple(found)

@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['score_drafts', 'score_prompts', 'prompt_sentences', 'report_sentences']
 
-# %% ../../nbs/reports/scoring.ipynb #24ae4a8d
-from pathlib import Path
-
+# %% ../../nbs/reports/scoring.ipynb #3fe4a29d
 import numpy as np
 import pandas as pd
 
@@ -61,7 +59,7 @@ def _against_labels(known, bootstrap):
     except BadInput: return found
     return found | {("grounding_gap" if k == "gap" else f"gap_{k}"): gap[k] for k in ("gap", "low", "high")}
 
-# %% ../../nbs/reports/scoring.ipynb #4ff50c78
+# %% ../../nbs/reports/scoring.ipynb #aed13c81
 def _interval(row, name, low, high):
     value = row.get(name)
     if value is None or np.isnan(value): return "not known"
@@ -101,7 +99,8 @@ def report_sentences(
     parted = scored[scored.verdict.ne(scored.legacy)]
     lines += ["## Where verdict and keyword score part", "", f"{len(parted)} of {len(scored)} drafts."]
     shown = parted.drop_duplicates("text").head(10)
-    lines += [f"- {r.id}, {r.prompt}: verdict {r.verdict}, keywords {r.legacy}: {_cut(r.text)}" for r in shown.itertuples()]
+    lines += [f"- {r.id}, {r.prompt}: verdict {r.verdict}, keywords {r.legacy}: {_cut(r.text)}"
+        for r in shown.itertuples()]
     return "\n".join(lines) + "\n"
 
 def _cut(text, most=160): return text if len(text) <= most else text[:most - 1] + "…"

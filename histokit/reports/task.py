@@ -5,18 +5,16 @@
 # %% auto #0
 __all__ = ['write_reports', 'format_reports', 'prepare', 'report']
 
-# %% ../../nbs/reports/task.ipynb #db77c94e
+# %% ../../nbs/reports/task.ipynb #9213d6b1
 import os
 from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import read_json, save_figure, write_json, write_table, write_text
+from ..core.files import save_figure, write_json, write_table, write_text
 from ..core.runs import RunFolder
 from ..core.settings import settings_from
-from ..core.text import BadInput
 from ..pictures import task as pictures_task
-from ..pictures.task import check_answer, find_data
 from .cases import find_cases, sample_cases
 from .drafting import ReportSettings, open_generator, write_drafts
 from .lexicon import read_lexicon
@@ -25,7 +23,7 @@ from .prompts import read_prompts
 from .scoring import prompt_sentences, report_sentences, score_drafts, score_prompts
 from .vision_language import model_source
 
-# %% ../../nbs/reports/task.ipynb #c7c09493
+# %% ../../nbs/reports/task.ipynb #b8644f72
 def write_reports(
     folder: Path,                # where to
     source,                      # a run folder of image classification, or a folder of pictures
@@ -59,7 +57,8 @@ def format_reports(
 )->str:
     "What a terminal shows of it."
     lines = []
-    for row in pd.DataFrame(metrics["prompts"]).to_dict("records"): lines += [row["prompt"], *(f"  {s}" for s in prompt_sentences(row))]
+    for row in pd.DataFrame(metrics["prompts"]).to_dict("records"):
+        lines += [row["prompt"], *(f"  {s}" for s in prompt_sentences(row))]
     return "\n".join(lines)
 
 # %% ../../nbs/reports/task.ipynb #f3dfda24

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from ..core.files import make_dir
 
-# %% ../../nbs/reports/tiny.ipynb #28ac5fdf
+# %% ../../nbs/reports/tiny.ipynb #d3fe0b52
 _WORDS = """the a chest x ray shows there is no effusion pneumonia lung heart normal clear describe this question answer
 write report of in one or two sentences what impression right left opacity four parts fields pleura . , :""".split()
 _CHAT = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }} {% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<start_of_image>{% else %} {{ c['text'] }}{% endif %}{% endfor %}<end_of_turn>"
     "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model {% endif %}")
-_VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+_VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+    patch_size=8)
 
 def _tokenizer(special, **names):
     "Whole words, those above and the special ones."
@@ -60,7 +61,8 @@ def write_tiny_gemma3(
     pixels = Gemma3ImageProcessor(size=dict(height=32, width=32))
     processor = Gemma3Processor(pixels, words, chat_template=_CHAT, image_seq_length=4)
     text = dict(vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=256, sliding_window=64, pad_token_id=0, eos_token_id=1,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=256, sliding_window=64, pad_token_id=0,
+            eos_token_id=1,
         bos_token_id=2)
     config = Gemma3Config(text_config=text, vision_config=_VISION, mm_tokens_per_image=4, boi_token_index=4,
         eoi_token_index=5, image_token_index=6)

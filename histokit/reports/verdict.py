@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'COUNTED', 'LEGACY_KEYWORDS', 'ReadText', 'read_text', 'legacy_verdict', 'where_they_part']
 
-# %% ../../nbs/reports/verdict.ipynb #8319889b
+# %% ../../nbs/reports/verdict.ipynb #118d44bf
 from dataclasses import dataclass
-from functools import cached_property
 
 import pandas as pd
 
-from .assertion import Mention, find_mentions
+from .assertion import find_mentions
 from .lexicon import GROUPS, Lexicon, read_lexicon
 from .sentences import split_sentences
 
-# %% ../../nbs/reports/verdict.ipynb #8854d075
+# %% ../../nbs/reports/verdict.ipynb #413ea8be
 VERDICTS = ("normal", "abnormal", "uncertain", "none")
 COUNTED = tuple(g for g in GROUPS if g != "normal")     # groups of findings that make a text abnormal
 
@@ -43,7 +42,8 @@ class ReadText:
     def _normal(self): return [m for _, m in self.mentions if m.group == "normal"]
 
     @property
-    def _resolved(self): return [m for m in self.said("past") if "resol" in m.cue or "longer" in m.cue or "clear" in m.cue]
+    def _resolved(self): return [m for m in self.said("past")
+        if "resol" in m.cue or "longer" in m.cue or "clear" in m.cue]
 
     def findings(self)->dict:
         "Finding -> its status; present counts before uncertain, and both before absent."

@@ -1,7 +1,8 @@
 """The verdict of reports against their own MeSH terms: python bench/bench_reports.py iu_reports.csv.gz [--show 20]
 
 The lexicon was tuned on reports with an even number; the others are the test. Columns uid, findings, impression, mesh.
-Reports that nobody has indexed are left out. A text of verdict uncertain counts as not normal. Nothing of a report is kept."""
+Reports that nobody has indexed are left out. A text of verdict uncertain is not normal.
+Nothing of a report is kept."""
 import argparse
 
 import numpy as np

@@ -483,12 +483,12 @@ def review_train(
     back: Annotated[bool, typer.Option("--back", help="let the model before the present one draft again")] = False,
     as_json: Json = False):
     "Train a model on the consensus; it drafts from then on where it is not worse than the present one."
-    from histokit.review.study_train import run_training, step_back
+    from histokit.review.study_train import retrain_study, step_back
     with _opened(study) as store:
         if back:
             version = step_back(store)
             return say(dict(version=version), f"model {version} drafts from now on", as_json)
-    report = run_training(study, _named(param), lambda line: typer.echo(line, err=True))
+    report = retrain_study(study, _named(param), lambda line: typer.echo(line, err=True))
     lines = [f"model {report['version']}", *report["metrics"]["sentences"], report["sentence"], report["notebook"]]
     say(report, "\n".join(lines), as_json)
 

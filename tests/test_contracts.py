@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT/"histokit"
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if "checkpoint" not in str(p))
 RECIPES = sorted((ROOT/"params").glob("*.yaml"))
-WINGS = ("core", "learn", "frozen", "pictures", "tissue", "spots", "retrieval", "reports", "review")  # each may import from those before it
+# Each may import from those before it.
+WINGS = ("core", "learn", "frozen", "pictures", "tissue", "spots", "retrieval", "reports", "review")
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))
            if p.name not in ("__init__.py", "_modidx.py") and "_assets" not in p.parts}
 page = lambda path: path.relative_to(ROOT/"nbs").with_suffix("").as_posix()
@@ -187,7 +188,8 @@ def exports(module):
     return names & mine
 
 
-TASK_NAMES = {"prepare", "report", "check_settings", "find_data", "check_answer"}      # what the pipeline asks of each task's module
+# What the pipeline asks of each task's module.
+TASK_NAMES = {"prepare", "report", "check_settings", "find_data", "check_answer"}
 
 
 def test_no_exported_name_means_two_things():

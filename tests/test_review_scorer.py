@@ -18,7 +18,7 @@ from histokit.review.scorer import ScoreDataset, Scorer, create_score_network
 from histokit.review.scorer_training import PUBLISHED_SCORER, ScorerSettings, held_out_scores, read_crops
 from histokit.review.scorer_training import train_finetuned, train_scorer
 from histokit.review.store import Store
-from histokit.review.study_train import compare_drafts, frozen_groups, is_not_worse, painted_study, run_training
+from histokit.review.study_train import compare_drafts, frozen_groups, is_not_worse, painted_study, retrain_study
 from histokit.review.study_train import step_back, train_study, training_values
 
 QUIET = lambda line: None
@@ -338,6 +338,6 @@ def test_parameters_of_a_training_are_checked_before_it_starts(given, said):
 @pytest.mark.slow
 def test_the_page_runs_by_papermill_on_a_study(study):
     given = dict(backbone=TINY["backbone"], weights="none", input_px="64", stages="-2")
-    report = run_training(study, given, QUIET)
+    report = retrain_study(study, given, QUIET)
     with Store(study) as store: assert store.model().version == report["version"]
     assert report["promoted"] and report["notebook"].endswith("study_train.ipynb")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['frozen_groups', 'compare_drafts', 'is_not_worse', 'train_study', 'painted_study', 'step_back', 'training_values',
-           'run_training']
+           'retrain_study']
 
 # %% ../../nbs/review/study_train.ipynb #6094a09e
 from pathlib import Path
@@ -180,7 +180,7 @@ def _settings_from(values):
     own = ScorerSettings.__dataclass_fields__
     return ScorerSettings(**{k: v for k, v in values.items() if k in own})
 
-def run_training(
+def retrain_study(
     folder,              # of the study
     given: dict = None,  # parameters of the page: method, backbone, epochs, …
     show=print,          # called with each line for the person waiting

@@ -300,6 +300,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'histokit.core.pictures._pixels': ('core/pictures.html#_pixels', 'histokit/core/pictures.py'),
                                         'histokit.core.pictures._plain_rows': ( 'core/pictures.html#_plain_rows',
                                                                                 'histokit/core/pictures.py'),
+                                        'histokit.core.pictures._png_says_more': ( 'core/pictures.html#_png_says_more',
+                                                                                   'histokit/core/pictures.py'),
                                         'histokit.core.pictures._profile_note': ( 'core/pictures.html#_profile_note',
                                                                                   'histokit/core/pictures.py'),
                                         'histokit.core.pictures._quiet': ('core/pictures.html#_quiet', 'histokit/core/pictures.py'),

@@ -1,5 +1,5 @@
 "What the pictures notebook cannot say about itself: every kind of TIFF, faults, memory, and stain tile by tile."
-import os, subprocess, sys
+import os, struct, subprocess, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -680,3 +680,28 @@ def test_turned_pictures_of_other_colours_are_upright_or_refused(tmp_path, mode,
     try: got = read_rgb(tmp_path/"a.tif")
     except BadInput as e: assert compression == "raw" and "stored turned" in str(e)
     else: assert np.abs(got.astype(int) - np.rot90(np.array(inks.convert("RGB")), -1)).max() <= 1
+
+
+def _png_of_one_colour(path, side, exif=b""):
+    "A PNG of one grey, written without its pixels in memory: a row repeated."
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    pack, row = zlib.compressobj(9), bytes(side + 1)
+    pixels = b"".join(pack.compress(row) for _ in range(side)) + pack.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    after = chunk(b"eXIf", exif) if exif else b""
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + after + chunk(b"IEND", b""))
+
+
+def test_the_size_of_a_png_is_asked_without_its_pixels(tmp_path, monkeypatch):
+    "Pillow unpacks a PNG to look for EXIF data, 3.6 GB of one of 60 000 pixels a side."
+    from PIL import PngImagePlugin
+    _png_of_one_colour(tmp_path/"plain.png", 300)
+    exif = Image.Exif()
+    exif[274] = 6
+    _png_of_one_colour(tmp_path/"turned.png", 300, exif.tobytes()[6:])
+    _png_of_one_colour(tmp_path/"huge.png", 20_000, exif.tobytes()[6:])
+    unpacked, load = [], PngImagePlugin.PngImageFile.load
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda im: unpacked.append(im.size) or load(im))
+    assert picture_size(tmp_path/"plain.png") == (300, 300) and not unpacked
+    assert picture_size(tmp_path/"turned.png") == (300, 300) and unpacked == [(300, 300)]
+    assert picture_size(tmp_path/"huge.png") == (20_000, 20_000) and len(unpacked) == 1

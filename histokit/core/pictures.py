@@ -6,7 +6,7 @@
 __all__ = ['open_picture', 'read_picture', 'read_stored', 'read_rgb', 'picture_size', 'picture_format', 'write_picture']
 
 # %% ../../nbs/core/pictures.ipynb #21d5f572
-import contextlib, importlib, io, logging, re, tempfile, threading
+import contextlib, importlib, io, logging, math, re, struct, tempfile, threading
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -462,6 +462,17 @@ def read_rgb(
     return as_rgb(pixels, str(path))
 
 # %% ../../nbs/core/pictures.ipynb #9d3dc251
+def _png_says_more(path):
+    "Whether a PNG may hold EXIF data; Pillow unpacks all pixels before it looks for them."
+    with open(path, "rb") as file:
+        at = file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            named = kind in (b"tEXt", b"zTXt", b"iTXt") and b"exif" in file.read(min(length, 79)).lower()
+            if named or kind == b"eXIf": return True
+            at = file.seek(at + length + 12)          # a chunk: length, kind, content, check sum
+    return False
+
 def picture_size(
     image,           # path or array
 )->tuple:            # width, height
@@ -473,7 +484,9 @@ def picture_size(
     if picture:
         with picture: return picture.shape[1], picture.shape[0]
     with _opened(image, why) as im:
-        turned = im.format != "TIFF" and _stored_turn(im)[0] in (5, 6, 7, 8)
+        asked = im.format != "TIFF" and math.prod(im.size) <= _WHOLE      # more are never read, however they lie
+        if im.format == "PNG": asked &= _png_says_more(image)
+        turned = asked and _stored_turn(im)[0] in (5, 6, 7, 8)
         return im.size[::-1] if turned else im.size
 
 # %% ../../nbs/core/pictures.ipynb #1b88f572

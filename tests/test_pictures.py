@@ -689,7 +689,8 @@ def _png_of_one_colour(path, side, exif=b""):
     pixels = b"".join(pack.compress(row) for _ in range(side)) + pack.flush()
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     after = chunk(b"eXIf", exif) if exif else b""
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + after + chunk(b"IEND", b""))
+    before = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    path.write_bytes(before + chunk(b"IDAT", pixels) + after + chunk(b"IEND", b""))
 
 
 def test_the_size_of_a_png_is_asked_without_its_pixels(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ __all__ = ['upload_text', 'cargo', 'build_kernel', 'carried', 'check_kernel', 'c
 
 # %% ../nbs/07_kaggle.ipynb #2e99ed92
 import ast, base64, importlib, json, lzma, os, re, shlex
+from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
 
@@ -28,10 +29,11 @@ def upload_text(
     return json.dumps({**notebook, "cells": cells})
 
 # %% ../nbs/07_kaggle.ipynb #b47bfbb3
+@lru_cache(512)          # each kernel asks for much the same modules
 def _imported(
     text: str,           # a source
     package: str = "",   # the package that it lies in, for `from .` and `from ..`
-)->set:                  # dotted names, of names too: `from a import b` may mean the module a.b
+)->frozenset:            # dotted names, of names too: `from a import b` may mean the module a.b
     "What a source imports, at its top or inside a function."
     found, parts = set(), package.split(".")
     for node in ast.walk(ast.parse(text)):
@@ -40,7 +42,7 @@ def _imported(
         above = parts[:len(parts) + 1 - node.level] if node.level else []
         base = ".".join([*above, *([node.module] if node.module else [])])
         found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    return found
+    return frozenset(found)
 
 def _module_file(
     module: str,         # such as histokit.spots.patches

@@ -7,7 +7,7 @@ __all__ = ['MilvusPlace', 'is_milvus', 'parse_milvus', 'MilvusGallery', 'build_m
            'add_to_milvus', 'delete_from_milvus', 'grow_gallery', 'shrink_gallery']
 
 # %% ../../nbs/retrieval/milvus.ipynb #ef4c1b6a
-import base64, contextlib, json, re
+import base64, contextlib, json, os, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ def parse_milvus(
 # %% ../../nbs/retrieval/milvus.ipynb #f5fc09f5
 def _milvus_client(place):
     "A client; `BadInput` where the package or the server is not there."
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")     # it says a line for every process that is started beside it
     try: from pymilvus import MilvusClient
     except ImportError: raise BadInput("pymilvus is not installed: pip install 'histokit[milvus]'") from None
     if "://" not in place.uri:

@@ -426,7 +426,7 @@ def find_pictures(
     "What a folder of pictures holds, found by looking."
     root = _root(data_path)
     files, copies = _without_copies(list_pictures(root))
-    if not files: raise BadInput(f"{root} is a folder and holds no pictures; give one with PNG, JPEG, TIFF or DICOM files")
+    if not files: raise BadInput(f"{root} is a folder and holds no pictures; give one with PNG, JPEG, TIFF or DICOM")
     found = _look(root, files, settings)
     if not len(found.train): raise BadInput(f"{root} holds no labelled picture to learn from; add some")
     given = found.train.filter(like="given_").rename(columns=lambda c: c.removeprefix("given_"))

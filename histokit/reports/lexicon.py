@@ -8,12 +8,9 @@ __all__ = ['GROUPS', 'term_pattern', 'Phrases', 'Lexicon', 'read_lexicon']
 # %% ../../nbs/reports/lexicon.ipynb #22017ec0
 import functools, re
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
-
-from ..core.runs import assets
-from ..core.text import BadInput, did_you_mean, one_line
+from ..core.text import BadInput, did_you_mean
+from .prompts import named_yaml
 from .sentences import plain_words
 
 # %% ../../nbs/reports/lexicon.ipynb #f32c9cbc
@@ -98,11 +95,6 @@ def read_lexicon(
     path="chest_xray", # a YAML file, or the name of one that comes with histokit
 )->Lexicon:
     "A lexicon, read once; `BadInput` where the file is none."
-    own = {p.stem: p for p in sorted((assets("params")/"lexicons").glob("*.yaml"))}
-    file = Path(own.get(str(path), path))
-    if not file.is_file(): raise BadInput(f"no lexicon '{path}'{did_you_mean(path, own)}; give a YAML file")
-    try: found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise BadInput(f"{file} is not readable YAML: {one_line(e)}") from None
+    file, found = named_yaml("lexicons", path, "lexicon")
     if not isinstance(found, dict): raise BadInput(f"{file} must hold groups of findings ({', '.join(GROUPS)})")
     return Lexicon(file.stem, found)

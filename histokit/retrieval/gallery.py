@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GALLERY_FORMAT', 'Adapted', 'Gallery', 'write_rows', 'append_rows', 'finish_commit', 'FolderGallery', 'changed_files',
-           'staged_items', 'new_manifest', 'build_gallery', 'add_to_gallery', 'delete_from_gallery', 'pack_gallery',
-           'adapt_gallery']
+           'refuse_changed', 'staged_items', 'new_manifest', 'build_gallery', 'add_to_gallery', 'delete_from_gallery',
+           'pack_gallery', 'adapt_gallery']
 
 # %% ../../nbs/retrieval/gallery.ipynb #02caf6e3
 from dataclasses import asdict
@@ -270,11 +270,8 @@ class FolderGallery(Gallery):
 
     def check_pictures(self)->None:
         "Raise `BadInput` where a picture has changed or is gone."
-        wrong = changed_files(self.items[self.live], self.manifest["source"])
-        if not wrong: return
-        first, what = next(iter(wrong.items()))
         mend = f"histokit search add {self.place} FOLDER embeds them again, search delete --gone drops what is missing"
-        raise BadInput(f"{self.place}: {first} {what} since the index was made ({len(wrong)} such files); {mend}")
+        refuse_changed(changed_files(self.items[self.live], self.manifest["source"]), self.place, mend)
 
 # %% ../../nbs/retrieval/gallery.ipynb #8499e379
 def _no_index(folder):
@@ -309,6 +306,15 @@ def changed_files(
         stamps = (items[c] for c in ("file", "_bytes", "_time", "_sha256"))
         found = {f: _picture_change(root/f, *stamp) for f, *stamp in zip(*stamps)}
     return {f: what for f, what in found.items() if what}
+
+def refuse_changed(
+    wrong: dict,                 # of `changed_files`
+    place, mend: str,            # of the index, and what to do
+)->None:
+    "Raise `BadInput` where a file is not the one that was embedded."
+    if not wrong: return
+    first, what = next(iter(wrong.items()))
+    raise BadInput(f"{place}: {first} {what} since the index was made ({len(wrong)} such files); {mend}")
 
 # %% ../../nbs/retrieval/gallery.ipynb #e5fd9fe6
 _BLOCK = 1 << 14

@@ -21,7 +21,7 @@ from ..pictures.duplicates import THUMB_PX
 from .embedders import Embedder
 from .filters import Condition, milvus_filter
 from .gallery import (FolderGallery, Gallery, add_to_gallery, build_gallery, changed_files,
-    delete_from_gallery, new_manifest, pack_gallery, staged_items)
+    delete_from_gallery, new_manifest, pack_gallery, refuse_changed, staged_items)
 from .nearest import NearestSettings, none_found
 from .staging import embed_source, left_out_of
 
@@ -212,10 +212,7 @@ class MilvusGallery(Gallery):
         source = self.manifest["source"]
         stamps = ["file", "_bytes", "_time", "_sha256"] if source["kind"] == "pictures" else ["file"]
         wrong = changed_files(pd.DataFrame(self._query("row >= 0", ["row", *stamps])), source)
-        if not wrong: return
-        first, what = next(iter(wrong.items()))
-        when = f"{first} {what} since the index was made ({len(wrong)} such files)"
-        raise BadInput(f"{self.place}: {when}; add or delete them with histokit search")
+        refuse_changed(wrong, self.place, "add or delete them with histokit search")
 
 # %% ../../nbs/retrieval/milvus.ipynb #0afe1874
 def _column_types(items):

@@ -163,23 +163,13 @@ def _micrometres(scale):
     side = math.sqrt(scale[0] * scale[1])
     return side if .01 <= side <= 20 else None
 
-def _size_in_header(path):
-    "Width and height of a PNG or JPEG, before any of its pixels is unpacked."
-    from PIL import Image
-    try:
-        with Image.open(path) as image: return image.size
-    except Image.DecompressionBombError: return MOST_WHOLE, 2
-    except Exception as e:
-        raise BadInput(f"{path} cannot be read as a picture ({one_line(e)}); copy it again") from None
-
 def look_at_picture(
     path,           # a file
 )->tuple:           # suffix, width, height, µm a pixel or None
     "What a picture is, after each of its pixels was read; `BadInput` where that fails."
     suffix = _kind(path)
-    width, height = picture_size(path) if suffix == ".tif" else _size_in_header(path)
     most = MOST_PIXELS if suffix == ".tif" else MOST_WHOLE
-    if width * height > most:
+    if math.prod(picture_size(path)) > most:
         taken = f"{most / 1e6:.0f} million"
         raise BadInput(f"{path} unpacks to more pixels than the {taken} that are taken; save it smaller")
     if suffix == ".jpg": _check_jpeg_end(path)

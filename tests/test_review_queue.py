@@ -14,8 +14,9 @@ import pytest
 from review_tools import KEYS, add_images, free_port
 
 from histokit.core.pictures import write_picture
-from histokit.review.queue import Worker, run_worker, tiles_path
+from histokit.review.queue import Drafter, Worker, run_worker, seen_path, tiles_path
 from histokit.review.schema import files, jobs
+from histokit.review.scorer import Draft
 from histokit.review.store import Store
 from histokit.review.store_images import ImageQuery, Person
 from histokit.review.uploads import keep_folder
@@ -203,6 +204,7 @@ def test_the_process_that_draws_maps_ends_with_the_server(tmp_path):
     code = f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from histokit.review.api_routes import Review
+from histokit.review.scorer import Draft
 from histokit.review.store import Store
 review = Review(Store({str(tmp_path / "study")!r}))
 print(review._send(time.monotonic).result() > 0, *review._maps._processes, flush=True)
@@ -213,3 +215,18 @@ time.sleep(60)"""
     server.kill()
     server.wait()
     wait_for(lambda: not psutil.pid_exists(int(number)), 20)
+
+
+def test_a_job_encodes_its_picture_once(tmp_path):
+    "The features that are kept beside a draft are those of the draft."
+    drafted = []
+    class OneLook:
+        def draft(self, path):
+            drafted.append(path)
+            return Draft({KEYS[0]: 1.}, {}, {KEYS[0]: .5}, np.arange(3, dtype=np.float32))
+    with Store(tmp_path/"study") as store:
+        drafter = Drafter(store)
+        drafter.scorer, drafter.version = OneLook, "v1"
+        assert drafter.draft("files/a.tif") == ({KEYS[0]: 1.}, "v1") and len(drafted) == 1
+        with np.load(seen_path(store, "v1", "files/a.tif")) as kept:
+            assert kept["features"].tolist() == [0, 1, 2] and kept["uncertainty"] == .5

@@ -37,11 +37,11 @@ class EncoderPart(nn.Module):
 
 # %% ../../nbs/frozen/parts.ipynb #0d981776
 def stage_numbers(
-    model,            # ImageModel
+    backbone,         # timm model
     stages,           # 0 is the first, -1 the last
+    name: str,        # what the backbone is called
 )->list:              # from 0, in order, each once
     "The stages of a backbone by number; `BadInput` where it has no such stage, or does not show them."
-    backbone, name = model.backbone, model.config["backbone"]
     if not hasattr(backbone, "forward_intermediates"):
         raise BadInput(f"backbone '{name}' does not show its stages; use its pooled features")
     n = len(backbone.feature_info)
@@ -82,7 +82,8 @@ class Stages(EncoderPart):
     ):
         asked = [int(s) for s in stages]
         super().__init__(model, asked + ["spread"] * spread + ["final"] * final)
-        self.index, self.spread, self.final = stage_numbers(model, asked), spread, final
+        self.index = stage_numbers(self.backbone, asked, self.config["backbone"])
+        self.spread, self.final = spread, final
 
     def encode(self, image, **further):
         "(B, sum of the blocks' widths), for several pictures of an item side by side."

@@ -14,6 +14,7 @@ import numpy as np
 
 import histokit
 from ..core.files import atomic
+from ..core.progress import Background
 from ..core.text import BadInput, one_line
 from .database import DatabaseTrouble
 from .store import Store
@@ -69,25 +70,20 @@ class Drafter:
         "Scores of a file on the study's scales, and the model's version; ({}, None) without a model."
         scorer = self.scorer()
         if scorer is None: return {}, None
-        path, by_key = self.store.folder/file, self.store.settings().by_key
-        draft = scorer.draft(path)
+        draft, by_key = scorer.draft(self.store.folder/file), self.store.settings().by_key
         with atomic(seen_path(self.store, self.version, file)) as tmp:
-            np.savez(tmp, features=scorer.features(path), uncertainty=draft.uncertainty)
+            np.savez(tmp, features=draft.features, uncertainty=draft.uncertainty)
         return {m: by_key[m].nearest(v) for m, v in draft.items() if m in by_key}, self.version
 
-@contextlib.contextmanager
-def _renewing(store, claim, worker, lease):
+class _Renewing(Background):
     "While the block runs the lease is renewed."
-    done = threading.Event()
-    def keep():
-        while not done.wait(lease / 4):
-            with contextlib.suppress(DatabaseTrouble): store.renew(claim.id, worker)
-    thread = threading.Thread(target=keep, daemon=True)
-    thread.start()
-    try: yield
-    finally:
-        done.set()
-        thread.join()
+    def __init__(self, store, claim, worker, lease):
+        super().__init__()
+        self.renew, self.pause = lambda: store.renew(claim.id, worker), lease / 4
+
+    def run(self):
+        while not self.stop.wait(self.pause):
+            with contextlib.suppress(DatabaseTrouble): self.renew()
 
 def work_on(
     store: Store,
@@ -98,7 +94,7 @@ def work_on(
 )->bool:               # False where the job was taken over by another worker meanwhile
     "Do one job. A picture or a model that cannot be used fails the job, with the reason."
     try:
-        with _renewing(store, claim, worker, lease):
+        with _Renewing(store, claim, worker, lease):
             ready_tiles(store, claim.file)
             values, version = drafter.draft(claim.file)
     except DatabaseTrouble: raise

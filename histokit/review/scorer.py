@@ -20,7 +20,7 @@ import torch
 from .. import __version__
 from ..core.files import atomic, file_sha256, plain
 from ..core.text import BadInput, choose, one_line
-from ..frozen.parts import Stages
+from ..frozen.parts import Stages, stage_numbers
 from ..learn.batches import BatchDataset
 from ..learn.explain import grad_cam
 from ..learn.networks import ImageModel, MODELS, create_parts, encoder_settings, make_head, register_model
@@ -47,17 +47,12 @@ def create_score_network(
     "An encoder and a linear head for scores."
     net, facts = create_parts(n_outputs, 1, **encoder)
     stages = [int(s) for s in stages]
-    if stages: facts["width"] = 2 * sum(net.feature_info[i]["num_chs"] for i in _stage_index(net, stages))
+    if stages:
+        index = stage_numbers(net, stages, facts["backbone"])
+        facts["width"] = 2 * sum(net.feature_info[i]["num_chs"] for i in index)
     asked = dict(n_outputs=int(n_outputs), stages=stages, dropout=dropout)
     head = make_head("linear", facts["width"], int(n_outputs), (), dropout)
     return ScoreNetwork(net, head, plain(facts | asked)).train()
-
-def _stage_index(backbone, stages):
-    "The stages counted from 0, in order; `BadInput` where the backbone has no such stage."
-    info = getattr(backbone, "feature_info", ())
-    n = len(info)
-    if not set(stages) <= set(range(-n, n)): raise BadInput(f"stages={stages}: the backbone has {n}")
-    return sorted({s % n for s in stages})
 
 @register_model("ScoreNetwork")
 def rebuild_score_network(
@@ -225,9 +220,10 @@ class Scorer:
 
     def _map(self, network, image, index):
         "One network's map of one measure, at the last stage that its head sees."
-        stages = network.config["stages"]
-        info = network.backbone.feature_info
-        layer = info[_stage_index(network.backbone, stages)[-1]]["module"] if stages else None
+        stages, backbone, layer = network.config["stages"], network.backbone, None
+        if stages:
+            last = stage_numbers(backbone, stages, network.config["backbone"])[-1]
+            layer = backbone.feature_info[last]["module"]
         return grad_cam(_OneScore(network, self.code, index).eval(), image, 1, layer)      # it puts back what it found
 
     def save(self, path)->str:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_recipe', 'read_recipe', 'recipe_task', 'Ask',
-           'task_parameters', 'resolve', 'stage_settings', 'check_values', 'absolute_paths', 'check_space', 'stage_key',
-           'data_fingerprint', 'first_key', 'Progress', 'check_asked', 'prepare_asked', 'run_pipeline', 'run_report']
+           'task_parameters', 'knows_parameter', 'resolve', 'stage_settings', 'check_values', 'absolute_paths',
+           'check_space', 'stage_key', 'data_fingerprint', 'first_key', 'Progress', 'check_asked', 'prepare_asked',
+           'run_pipeline', 'run_report']
 
 # %% ../nbs/06_pipeline.ipynb #d6cf90fb
 import contextlib, importlib, re, shutil, time
@@ -19,8 +20,8 @@ from .core.files import atomic, file_fingerprint, sha256_of
 from .core.notebooks import read_cells, run_notebook, stage_parameters
 from .core.processes import call_ready, start_ready
 from .core.progress import Heartbeat, Screen, duration
-from .core.runs import (RunFolder, StageBook, assets, earlier_seconds, package_fingerprint, provenance,
-    remove_unfinished, run_lock)
+from histokit.core.runs import (RunFolder, StageBook, assets, earlier_seconds, package_fingerprint, remove_unfinished,
+    run_lock)
 from .core.stop import at_stop
 from .core.text import BadInput, choose, comma_parts, did_you_mean, one_line, typed
 
@@ -39,10 +40,15 @@ class Task:
     about: str             # one line
     stages: tuple          # of Stage
     module: str            # has prepare(params, run), report(run) and, if it likes, check_settings(stage -> settings)
+    files: tuple = ()      # folders of params with files that its stages read by name
 
     def names(self)->tuple:
         "The stages' names."
         return tuple(s.name for s in self.stages)
+
+    def has(self, function: str)->bool:
+        "Whether the task's module has such a function."
+        return hasattr(importlib.import_module(self.module), function)
 
     def call(self, function: str, *args):
         "What a function of the task's module gives."
@@ -65,7 +71,7 @@ TASKS = {t.name: t for t in [
     Task("reports", "drafts of reports of pictures, scored", module="histokit.reports.task", stages=(
         Stage("10_images", "histokit.pictures.settings:PictureSettings"),
         Stage("11_classify", "histokit.pictures.classify_settings:ClassifySettings"),
-        Stage("14_report", "histokit.reports.drafting:ReportSettings"))),
+        Stage("14_report", "histokit.reports.drafting:ReportSettings")), files=("lexicons", "prompts")),
 ]}
 STAGES = TASKS["spots"].names()
 
@@ -148,6 +154,14 @@ def _stages_of(name, known, task):
     if not full: raise BadInput(f"task {task.name} has no stage '{stage}'{did_you_mean(stage, known)}")
     return [s for s in full if bare in known[s]], bare
 
+def knows_parameter(
+    task: Task,
+    name: str,            # bare, or with its stage before it
+)->bool:
+    "Whether a stage of the task has a parameter of that name."
+    try: return bool(_stages_of(name, task_parameters(task), task)[0])
+    except BadInput: return False
+
 def resolve(
     recipe: dict,         # name -> value, from a recipe
     overrides=(),         # "name=value", "stage.name=value", …
@@ -185,7 +199,7 @@ def check_values(
 )->None:
     "Raise `BadInput` for the first value, or pair of values, that a stage could not use."
     made = {stage.name: stage_settings(stage, ask[stage.name]) for stage in task.stages}
-    if hasattr(importlib.import_module(task.module), "check_settings"): task.call("check_settings", made)
+    if task.has("check_settings"): task.call("check_settings", made)
 
 # %% ../nbs/06_pipeline.ipynb #48f25f71
 PATHS = ("data_path", "truth_path", "weights")
@@ -331,7 +345,8 @@ def _record_run(run, about, stages):
     "Write `run.json`: what was asked, what it took, and where the code came from."
     done = StageBook(run).read()
     took = {s: dict(seconds=done[s].seconds, peak_mb=done[s].peak_mb) for s in stages if s in done}
-    run.write_json("run.json", about | dict(stages=took) | provenance())
+    made_by = call_ready("histokit.core.runs:provenance")        # it asks torch, which this process need not import
+    run.write_json("run.json", about | dict(stages=took) | made_by)
 
 def _run_stage(run, task, stage, params, before, progress):
     "Run one stage unless it is done; returns its key."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_picture', 'read_picture', 'read_stored', 'read_rgb', 'picture_size', 'picture_format', 'write_picture']
 
-# %% ../../nbs/core/pictures.ipynb #21d5f572
+# %% ../../nbs/core/pictures.ipynb #3d50c164
 import contextlib, importlib, io, logging, math, re, struct, tempfile, threading
 from dataclasses import replace
 from functools import lru_cache
@@ -19,6 +19,8 @@ from .files import atomic, content_of, read_error
 from histokit.core.pixels import (Picture, as_picture, as_rgb, as_uint8, check_range, range_trouble, spread_bits, tiles,
     upright)
 from .text import BadInput, choose, one_line, positive_number
+from .windows import join_pieces, white_of
+from .wsi import is_scanner_file, open_scanner_file, scanner_slide
 
 # %% ../../nbs/core/pictures.ipynb #6592bfb5
 _READERS = dict(count=0, limit=None)
@@ -148,7 +150,7 @@ def _read_whole(path, why="", limit=None, least=0):
     if halved: notes += ("of its 16 bits the upper 8 were read",)
     return upright(as_picture(pixels, notes=notes + said), turn)
 
-# %% ../../nbs/core/pictures.ipynb #8cc80396
+# %% ../../nbs/core/pictures.ipynb #bfe56072
 def _is_plain(page): return page.compression == 1 and page.is_contiguous and not page.is_tiled
 
 def _cut_of(page):
@@ -158,26 +160,7 @@ def _cut_of(page):
     if page.is_tiled: return page.tilelength, page.tilewidth, -(-width // page.tilewidth)
     return min(page.rowsperstrip, page.imagelength), width, 1
 
-def _white_of(dtype): return 1 if dtype.kind == "f" else np.iinfo(dtype).max
-
-def _from(part, start):
-    "A slice, counted from another beginning."
-    return slice(part.start - start, part.stop - start)
-
-def _window(window, cut, piece, channels, dtype):
-    "A window put together from the pieces it touches; a piece that was never scanned is white."
-    (ys, xs), (h, w, across) = window, cut
-    out = np.full((ys.stop - ys.start, xs.stop - xs.start, *channels), _white_of(dtype), dtype)
-    for y in range(ys.start // h * h, ys.stop, h):
-        rows = slice(max(ys.start, y), min(ys.stop, y + h))
-        for x in range(xs.start // w * w, xs.stop, w):
-            part = piece(y // h * across + x // w)
-            if part is None: continue
-            cols = slice(max(xs.start, x), min(xs.stop, x + w))
-            out[_from(rows, ys.start), _from(cols, xs.start)] = part[_from(rows, y), _from(cols, x)]
-    return out
-
-# %% ../../nbs/core/pictures.ipynb #f07f1df4
+# %% ../../nbs/core/pictures.ipynb #7a003b2d
 def _plain_rows(page, first, plane, channels):
     "The rows of a page that is one block of plain rows, from this one on, as many as make a piece."
     rows = min(_cut_of(page)[0], page.imagelength - first)
@@ -204,7 +187,7 @@ def _read_piece(page, cut, i):
 
 def _divided_by_alpha(part):
     "Colours that were multiplied by their alpha, as they were before."
-    top, floats = _white_of(part.dtype), part.dtype.kind == "f"
+    top, floats = white_of(part.dtype), part.dtype.kind == "f"
     colour, alpha = part[..., :3], part[..., 3:]
     straight = colour * np.float64(top) / np.maximum(alpha, 1e-6 if floats else 1)
     part[..., :3] = np.minimum(straight + (0 if floats else .5), top)
@@ -223,7 +206,7 @@ def _as_colours(colour, page):
     "Values as grey or RGB in which white is the largest value of the type."
     if page.photometric == 3: return _palette(page)[colour[..., 0]]
     if 8 < page.bitspersample < 16: colour = spread_bits(colour, page.bitspersample, "a piece of it")
-    return _white_of(colour.dtype) - colour if page.photometric == 0 else colour
+    return white_of(colour.dtype) - colour if page.photometric == 0 else colour
 
 def _as_seen(part, page):
     "The pixels as they are to be looked at: (h, w), (h, w, 3), or (h, w, 4) with a straight alpha."
@@ -302,9 +285,9 @@ def _um_per_px(file, page):
     notes = tuple(f"its {place} ({text}) is no scale and was left out" for place, (text, um) in given.items() if not um)
     return next((um for _, um in given.values() if um), None), notes
 
-# %% ../../nbs/core/pictures.ipynb #d4363d35
-def _main_page(path, file):
-    "The page with the slide, level 0, and whether smaller copies lie beside it."
+# %% ../../nbs/core/pictures.ipynb #f9b81bba
+def _slide_pages(path, file):
+    "The pages of the slide: itself, level 0, then the smaller copies that lie beside it."
     size = lambda s: s.pages[0].imagelength * s.pages[0].imagewidth
     series = max(file.series, key=size)
     equal = sum(size(s) == size(series) for s in file.series)
@@ -313,14 +296,15 @@ def _main_page(path, file):
     if len(pages) > 1:
         found = f"{len(pages)} pictures of one size (axes {series.axes})"
         raise BadInput(f"{path} holds {found}; keep the one that is the slide, as RGB")
-    page = pages[0].aspage()
+    return [_complete_page(path, file, level.pages[0].aspage()) for level in series.levels]
+
+def _complete_page(path, file, page):
+    "The page; `BadInput` where the file ends before its pixels do."
     ends = np.add(page.dataoffsets, page.databytecounts, dtype=np.int64)
     if not len(ends): raise BadInput(f"{path} has no pixels; copy or download it again")
-    size = file.filehandle.size
-    if ends.max() > size:
-        what = f"its pixels end at byte {ends.max()}, the file at {size}"
-        raise BadInput(f"{path} is cut off: {what}; copy or download it again")
-    return page, series.is_pyramidal
+    if ends.max() <= file.filehandle.size: return page
+    what = f"its pixels end at byte {ends.max()}, the file at {file.filehandle.size}"
+    raise BadInput(f"{path} is cut off: {what}; copy or download it again")
 
 def _pieces_kept(page, cut):
     "How many pieces to keep that a neighbouring window will ask for again: 16 MB of tiles, or 1024 rows of strips."
@@ -348,8 +332,16 @@ def _said_bits(file, page):
     bits = int(found[1]) if found else next((b for b in range(9, 16) if top == 2**b - 1), 0)
     return bits if page.dtype == np.uint16 and page.bitspersample == 16 and 8 < bits < 16 else 0
 
-def _windowed(path, file, page, pyramid):
-    "A page as a `Picture`."
+def _windowed(path, file, pages):
+    "A slide of one page or more as a `Picture`, with what is said of it."
+    picture, (um, notes) = _page_picture(path, file, pages[0]), _um_per_px(file, pages[0])
+    about = dict(um_per_px=um, pyramid=len(pages) > 1, notes=(*_page_notes(file, pages[0]), *notes, *picture.notes))
+    smaller = lambda: tuple(_page_picture(path, file, p) for p in pages[1:] if not _no_windows(p))
+    turn = pages[0].tags.valueof(274, default=1)
+    return upright(replace(picture, smaller=smaller, **about), turn)
+
+def _page_picture(path, file, page):
+    "A page as a `Picture`, as it is stored."
     cut = _cut_of(page)
     @lru_cache(_pieces_kept(page, cut))
     def piece(i):
@@ -357,20 +349,19 @@ def _windowed(path, file, page, pyramid):
         except Exception as e: raise BadInput(f"{path} is damaged ({one_line(e)}); copy or download it again") from None
         return None if part is None else _as_seen(part, page)
     one = _as_seen(np.zeros((1, 1, page.samplesperpixel), page.dtype), page)
-    shape, (um, notes) = (page.imagelength, page.imagewidth, *one.shape[2:]), _um_per_px(file, page)
-    compression = "jpeg" if page.compression in (6, 7, 33005) else "deflate"
-    about = dict(um_per_px=um, pyramid=pyramid, compression=compression, notes=(*_page_notes(file, page), *notes))
-    read = lambda ys, xs: _window((ys, xs), cut, piece, one.shape[2:], one.dtype)
-    picture = Picture(shape, one.dtype, read, cut[:2], close=file.close, **about)
-    if bits := _said_bits(file, page): picture = _of_bits(picture, bits, path, f"its {bits} bits, as its file says,")
-    return upright(picture, page.tags.valueof(274, default=1))
+    shape, compression = (page.imagelength, page.imagewidth, *one.shape[2:]), page.compression in (6, 7, 33005)
+    read = lambda ys, xs: join_pieces((ys, xs), cut, piece, one.shape[2:], one.dtype)
+    about = dict(close=file.close, compression="jpeg" if compression else "deflate")
+    picture = Picture(shape, one.dtype, read, cut[:2], **about)
+    bits = _said_bits(file, page)
+    return _of_bits(picture, bits, path, f"its {bits} bits, as its file says,") if bits else picture
 
 def _of_bits(picture, bits, path, what):
     "A picture of 16 bits of which only so many are used, spread over all of them."
     said = (*picture.notes, f"{what} were spread over 16")
     return replace(picture.map(lambda part: spread_bits(part, bits, str(path))), notes=said)
 
-# %% ../../nbs/core/pictures.ipynb #e24c998f
+# %% ../../nbs/core/pictures.ipynb #fb88857c
 @contextlib.contextmanager
 def _quiet(library):
     "A library's log kept back: what of it matters becomes a `BadInput`."
@@ -386,20 +377,22 @@ def _open_tiff(path):
     with contextlib.ExitStack() as stack, _quiet("tifffile"):
         try:
             file = stack.enter_context(tifffile.TiffFile(path))
-            page, pyramid = _main_page(path, file)
+            pages = _slide_pages(path, file)
+            page = pages[0]
             if why := _no_windows(page):
+                if (slide := scanner_slide(path)) is not None: return slide, ""
                 if page.index != 0:
                     raise BadInput(f"{path}: the largest of its pictures is not the first, and {why}")
                 if not _pillow_reads(page): raise BadInput(f"{path} is not read: {why}")
                 return None, why
-            picture = _windowed(path, file, page, pyramid)
+            picture = _windowed(path, file, pages)
         except BadInput: raise
         except Exception as e:
             raise BadInput(f"{path} cannot be read as a picture ({one_line(e)}); copy or download it again") from None
         stack.pop_all()                                              # it stays open for the picture
     return picture, ""
 
-# %% ../../nbs/core/pictures.ipynb #e1a7a2cf
+# %% ../../nbs/core/pictures.ipynb #1891f507
 def _kind_of(path):
     "tiff, dicom or \"\", by a file's first bytes; `BadInput` where it is no file that can be read."
     try:
@@ -413,6 +406,7 @@ def _kind_of(path):
 def _open_any(path, least=0, most=None):
     "A picture file, its range not looked at yet."
     kind = _kind_of(path)
+    if is_scanner_file(path): return open_scanner_file(path)
     if kind == "dicom": return as_picture(read_dicom(path))
     if kind != "tiff": return _read_whole(path, limit=most, least=least)
     picture, why = _open_tiff(path)
@@ -461,7 +455,7 @@ def read_rgb(
     check_range(pixels, str(path))
     return as_rgb(pixels, str(path))
 
-# %% ../../nbs/core/pictures.ipynb #9d3dc251
+# %% ../../nbs/core/pictures.ipynb #643ac973
 def _png_says_more(path):
     "Whether a PNG may hold EXIF data; Pillow unpacks all pixels before it looks for them."
     with open(path, "rb") as file:
@@ -480,7 +474,8 @@ def picture_size(
     if not isinstance(image, (str, Path)): return image.shape[1], image.shape[0]
     kind = _kind_of(image)
     if kind == "dicom": return dicom_size(image)
-    picture, why = _open_tiff(image) if kind == "tiff" else (None, "")
+    picture, why = open_scanner_file(image) if is_scanner_file(image) else None, ""
+    if kind == "tiff" and picture is None: picture, why = _open_tiff(image)
     if picture:
         with picture: return picture.shape[1], picture.shape[0]
     with _opened(image, why) as im:

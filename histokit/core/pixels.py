@@ -91,7 +91,7 @@ def as_rgb(
     alpha = image[..., 3:].astype(np.uint16)
     return ((image[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
-# %% ../../nbs/core/pixels.ipynb #c888264f
+# %% ../../nbs/core/pixels.ipynb #ca25dde8
 @dataclass
 class Picture:
     "A picture of which windows are read when they are asked for: `picture[rows, columns]`."
@@ -104,6 +104,7 @@ class Picture:
     compression: str = "deflate"  # or jpeg: how it was stored, and is stored again
     notes: tuple = ()             # sentences: what of its file was guessed, or left out
     close: Callable = lambda: None
+    smaller: Callable = tuple     # gives the smaller copies that lie beside it, each a `Picture`, the largest first
 
     def __getitem__(self, key):
         rows, cols = (*key, slice(None))[:2] if isinstance(key, tuple) else (key, slice(None))
@@ -122,7 +123,8 @@ class Picture:
         "The picture whose windows are `f` of these; `f` keeps height and width, and is called when a window is read."
         one = f(self[:1, :1])
         shape = self.shape[:2] + one.shape[2:]
-        return replace(self, shape=shape, dtype=one.dtype, read=lambda ys, xs: f(self.read(ys, xs)))
+        read, smaller = lambda ys, xs: f(self.read(ys, xs)), lambda: tuple(copy.map(f) for copy in self.smaller())
+        return replace(self, shape=shape, dtype=one.dtype, read=read, smaller=smaller)
 
 # %% ../../nbs/core/pixels.ipynb #a73ff6e1
 def as_picture(
@@ -179,7 +181,7 @@ def spread_bits(
         raise BadInput(f"{where} has values up to {part.max()}, more than {bits} bits hold; give more bits")
     return (part.astype(np.uint32) * 65535 // top).astype(np.uint16)
 
-# %% ../../nbs/core/pixels.ipynb #21dbf45b
+# %% ../../nbs/core/pixels.ipynb #afa47ece
 _TURNS = {2: (0, 0, 1), 3: (0, 1, 1), 4: (0, 1, 0), 5: (1, 0, 0), 6: (1, 0, 1), 7: (1, 1, 1), 8: (1, 1, 0)}
 
 def _mirrored(part, size): return slice(size - part.stop, size - part.start)
@@ -198,4 +200,5 @@ def upright(
         part = picture.read(xs, ys).swapaxes(0, 1) if swap else picture.read(ys, xs)
         return part[::-1 if down else 1, ::-1 if across else 1]
     about = dict(chunks=picture.chunks[::-1], um_per_px=um and um[::-1]) if swap else {}
+    about["smaller"] = lambda: tuple(upright(copy, turn) for copy in picture.smaller())
     return replace(picture, shape=(height, width, *picture.shape[2:]), read=read, **about)

@@ -50,7 +50,7 @@ def start_ready()->None:
     resource_tracker.ensure_running()                        # it opens the way for Ctrl-C when it starts
     with without_main(), interrupts_held(): forkserver.ensure_running()
 
-# %% ../../nbs/core/processes.ipynb #0b57af5c
+# %% ../../nbs/core/processes.ipynb #7d2281ca
 class Job(NamedTuple):
     "Work for a process of its own."
     function: str        # "module:name"; called with the arguments, and with `say` and `slot` where `talks`
@@ -106,38 +106,54 @@ def side_by_side(
     processes: int = 2,  # at a time
     threads: int = 0,    # of each process's torch; 0 = as it chooses
     say=print,           # called with each line of a job
+    *,
+    done=None,           # called with the number of a job that has ended and what it gave
+    keep_going: bool = False, # an error counts as what the job gave, and the other jobs go on
 )->list:                 # what the jobs gave, in their order
     "Jobs in several processes; in this one where the system cannot copy a process."
-    context = ready_processes()
-    if context is None: return [_here(job, say) for job in jobs]
+    context, take = ready_processes(), _Taking({}, done, keep_going)
+    if context is None:
+        for i, job in enumerate(jobs): take(i, *_here(job, say))
+        return [take.gave[i] for i in range(len(jobs))]
     share_server()
     start_ready()
-    waiting, running, gave = list(enumerate(jobs)), {}, {}
+    waiting, running = list(enumerate(jobs)), {}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 i, job = waiting.pop(0)
                 slot = min(set(range(processes)) - {r.slot for r in running.values()})
                 running[i] = _Running(context, job, slot, threads)
-            _listen(running, gave, say)
+            _listen(running, take, say)
     finally:
         for r in running.values(): r.end()
-    return [gave[i] for i in range(len(jobs))]
+    return [take.gave[i] for i in range(len(jobs))]
 
-def _listen(running, gave, say):
+class _Taking(NamedTuple):
+    "Takes what jobs give, or raise."
+    gave: dict
+    done: object
+    keep_going: bool
+
+    def __call__(self, i, kind, value):
+        if kind == "raised" and not self.keep_going: raise value
+        self.gave[i] = value
+        if self.done: self.done(i, value)
+
+def _listen(running, take, say):
     "Wait for messages, pass on lines, and take what a job gave."
     ready = wait([r.pipe for r in running.values()])
     for i in [i for i, r in running.items() if r.pipe in ready]:
         kind, value = running[i].hear()
         if kind == "said": (announce if isinstance(value, Passing) else say)(value)
-        if kind == "raised": raise value
-        if kind == "gave":
-            gave[i] = value
-            running.pop(i).process.join()
+        if kind == "said": continue
+        take(i, kind, value)
+        running.pop(i).process.join()
 
 def _here(job, say):
     more = dict(say=say, slot=0) if job.talks else {}
-    return find_function(job.function)(*job.args, **more)
+    try: return "gave", find_function(job.function)(*job.args, **more)
+    except Exception as e: return "raised", e
 
 def call_ready(
     function: str,       # "module:name"

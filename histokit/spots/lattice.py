@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LATTICE_UM', 'VISIUM_PITCH_UM', 'VISIUM_ROW_UM', 'VISIUM_MARGIN_UM', 'measure_lattice', 'Neighbours',
-           'neighbour_table', 'neighbour_labels', 'smoothing_matrix', 'smooth']
+           'neighbour_table', 'neighbour_labels', 'smoothing_matrix', 'local_mean', 'smooth']
 
-# %% ../../nbs/spots/lattice.ipynb #c5533364
+# %% ../../nbs/spots/lattice.ipynb #b2ae816f
 from dataclasses import dataclass
 
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, identity
 from scipy.spatial import cKDTree
 import numpy as np
 
@@ -98,29 +98,80 @@ def neighbour_labels(
         out[rows] = own[near[:, 1:]].mean(1) if near.shape[1] > 1 else own
     return out
 
-# %% ../../nbs/spots/lattice.ipynb #a62fb226
+# %% ../../nbs/spots/lattice.ipynb #ee2ac9f8
+def _gaussian_weights(here, tree, sigma):
+    "Rows, columns and weights of one tree's points within three widths of another's."
+    near = here.sparse_distance_matrix(tree, 3 * sigma, output_type="ndarray")
+    return near["i"], near["j"], np.exp(-near["v"] ** 2 / (2 * sigma ** 2))
+
+def _normalised(rows, cols, weights, shape):
+    "A sparse matrix whose rows sum to 1."
+    total = np.bincount(rows, weights, shape[0])
+    return csr_matrix((weights / total[rows], (rows, cols)), shape)
+
 def smoothing_matrix(
     xy,              # (n, 2) positions
     sigma: float,    # width of the Gaussian, in the unit of xy; 0 = none
 )->csr_matrix:       # (n, n), rows sum to 1
     "Gaussian weights of the spots within three widths."
-    if not sigma > 0: return csr_matrix(np.eye(len(xy)))
+    if not sigma > 0: return identity(len(xy), format="csr")
     tree = cKDTree(xy)
-    near = tree.sparse_distance_matrix(tree, 3 * sigma, output_type="ndarray")
-    rows, cols = near["i"], near["j"]
-    w = np.exp(-near["v"] ** 2 / (2 * sigma ** 2))
-    total = np.bincount(rows, w, len(xy))
-    return csr_matrix((w / total[rows], (rows, cols)), (len(xy), len(xy)))
+    return _normalised(*_gaussian_weights(tree, tree, sigma), (len(xy), len(xy)))
 
-# %% ../../nbs/spots/lattice.ipynb #c1ee8b94
+# %% ../../nbs/spots/lattice.ipynb #e00a7127
+_CHUNK = 16_384         # spots whose weights are in memory at once
+
+def local_mean(
+    values,              # (n, T)
+    xy,                  # (n, 2) positions
+    sigma: float,        # width of the Gaussian, in the unit of xy; 0 = none
+    looks=None,          # (n, D) what each spot looks like; None: the distance alone counts
+    tolerance: float = 1.,  # width of the Gaussian over the distance of looks
+)->np.ndarray:           # (n, T)
+    "The weighted mean over the spots within three widths, of those that look alike where looks are given."
+    values, xy = np.asarray(values, float), np.asarray(xy, float)
+    if not sigma > 0: return values.copy()
+    tree, out = cKDTree(xy), np.empty(values.shape)
+    order = tree.indices if len(xy) > _CHUNK else np.arange(len(xy))         # near in the tree is near on the slide
+    for some in np.array_split(order, -(-len(xy) // _CHUNK)):
+        rows, cols, weights = _gaussian_weights(cKDTree(xy[some]), tree, sigma)
+        if looks is not None: weights *= _alike(looks[some], looks, rows, cols, tolerance)
+        out[some] = _normalised(rows, cols, weights, (len(some), len(xy))) @ values
+    return out
+
+def _alike(some, looks, rows, cols, tolerance, most=1 << 22):
+    "A Gaussian of the distance between the looks of pairs of spots."
+    far = np.empty(len(rows))
+    step = max(1, most // looks.shape[1])
+    for a in range(0, len(rows), step):
+        pair = slice(a, a + step)
+        far[pair] = ((some[rows[pair]] - looks[cols[pair]]) ** 2).sum(1)
+    return np.exp(-far / (2 * tolerance ** 2))
+
+# %% ../../nbs/spots/lattice.ipynb #ca820742
 def smooth(
     values,          # (n, T) predictions, on the scale they were learnt on
     spots,           # table with slide, x, y
-    width: float,    # of the Gaussian, in spot pitches
+    width,           # of the Gaussian, in spot pitches; or (T,), one for each type
+    looks=None,      # as for `local_mean`
+    tolerance: float = 1.,
+    *,
+    pitch=None,      # in the unit of x and y, where it is known; None = that of each slide's lattice
 )->np.ndarray:       # (n, T)
     "Each spot's prediction averaged with its neighbours' on the same slide."
     out, xy = np.array(values, float), spots[["x", "y"]].to_numpy()
     for rows in spots.groupby("slide").indices.values():
-        pitch = measure_lattice(xy[rows])[0]
-        if width and np.isfinite(pitch): out[rows] = smoothing_matrix(xy[rows], width * pitch) @ out[rows]
+        step = measure_lattice(xy[rows])[0] if pitch is None else pitch
+        if not np.any(width) or not np.isfinite(step): continue
+        alike = dict(looks=None if looks is None else looks[rows], tolerance=tolerance)
+        out[rows] = _smooth_types(out[rows], xy[rows], np.multiply(width, step), alike)
+    return out
+
+def _smooth_types(values, xy, sigma, alike):
+    "`local_mean` of one slide, types of one width together."
+    if not np.ndim(sigma): return local_mean(values, xy, sigma, **alike)
+    out = values.copy()
+    for one in np.unique(sigma):
+        types = np.flatnonzero(np.equal(sigma, one))
+        out[:, types] = local_mean(values[:, types], xy, one, **alike)
     return out

@@ -211,13 +211,16 @@ def _check_ridge(network):
     if network.fusion != "none":
         raise BadInput(f"method=ridge does not see the place, and fusion={network.fusion} does; use fusion=none")
 
-# %% ../../nbs/spots/settings.ipynb #8ece9da1
+# %% ../../nbs/spots/settings.ipynb #f84dac54
 @dataclass(frozen=True)
 class PredictionSettings:
     "04_tta_smoothing: second opinions, and how wide they are smoothed."
     views: str = "flips"
+    aggregate: str = "mean"
     smoothing: str = "auto"
+    spatial_filter: str = "gaussian"
     ensemble: str = "mean"
+    budget_minutes: float = 0.
     cache_mb: int = 2000
     workers: int = 0
     amp: bool = True
@@ -226,9 +229,12 @@ class PredictionSettings:
 
     def __post_init__(self):
         from histokit.learn.views import VIEWS
+        from histokit.spots.finish import AGGREGATES
         choose(self.views, VIEWS, "views")
+        choose(self.aggregate, AGGREGATES, "aggregate")
+        choose(self.spatial_filter, ("gaussian", "auto"), "spatial_filter")
         choose(self.ensemble, ("mean", "auto"), "ensemble")
-        within(self, "cache_mb", "workers", low=0)
+        within(self, "cache_mb", "workers", "budget_minutes", low=0)
         check_device(self.device)
         if self.width < 0:
             raise BadInput(f"smoothing={self.smoothing}: give auto, or a width of at least 0 pitches")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PENALTIES', 'Fit', 'fit_nested', 'principal_components', 'linear_predict', 'ridge_path', 'fit_ridge', 'set_linear',
-           'pls_path', 'fit_pls', 'fit_kernel', 'boost_path', 'fit_boost']
+           'pls_path', 'fit_pls', 'kernel_predict', 'fit_kernel', 'import_lightgbm', 'boost_predict', 'boost_path',
+           'fit_boost']
 
 # %% ../../nbs/frozen/heads.ipynb #5f1da661
 from functools import partial
@@ -234,7 +235,7 @@ def _kernel(
         if "rbf" in kinds: total = total + np.exp(minus_squared_distance / (4 * width ** 2))
     return total / len(a)
 
-def _kernel_predict(x, *, blocks, stats, alpha, z_mean, kind, width):
+def kernel_predict(x, *, blocks, stats, alpha, z_mean, kind, width):
     "Predictions (n, T) of a kernel ridge."
     return _kernel(_standard_blocks(x, stats)[0], blocks, kind, width) @ alpha + z_mean
 
@@ -248,7 +249,7 @@ def _kernel_path(
     "Kernel ridge regression (Saunders, Gammerman and Vovk 1998)."
     blocks, stats = _standard_blocks(x)
     z_mean = z.mean(0)
-    predict = partial(_kernel_predict, blocks=blocks, stats=stats, z_mean=z_mean, kind=kind)
+    predict = partial(kernel_predict, blocks=blocks, stats=stats, z_mean=z_mean, kind=kind)
     fitted, width = [], None
     for s in settings:
         if s["width"] != width: width, similarity = s["width"], _kernel(blocks, blocks, kind, s["width"])
@@ -275,14 +276,14 @@ def fit_kernel(
 _BOOST = dict(objective="l2", learning_rate=.05, num_leaves=7, min_data_in_leaf=10, feature_fraction=.5,
     bagging_fraction=.8, bagging_freq=1)
 
-def _lightgbm():
+def import_lightgbm():
     "The package, or `BadInput` that names the mend."
     try: import lightgbm
     except ImportError:
         raise BadInput("LightGBM is not installed: pip install lightgbm, or use another head") from None
     return lightgbm
 
-def _boost_predict(x, *, mean, scale, v, trees, rounds, threads):
+def boost_predict(x, *, mean, scale, v, trees, rounds, threads):
     "Predictions (n, T) of boosted trees, one ensemble a target."
     scores = (np.concatenate(_blocks(x), 1) - mean) / scale @ v
     return np.stack([t.predict(scores, num_iteration=rounds, num_threads=threads) for t in trees], 1)
@@ -301,14 +302,14 @@ def boost_path(
     **params,                    # of LightGBM: learning_rate, num_leaves, …
 )->list:                         # a function of features for each number of rounds
     "Gradient boosting (Friedman 2001; Ke et al. 2017), one ensemble a target, cut off after each number of rounds."
-    lgb = _lightgbm()
+    lgb = import_lightgbm()
     mean, scale, u, s, v = principal_components(x, pca)
     fixed = dict(seed=seed, deterministic=True, force_row_wise=True, num_threads=threads, verbosity=-1)
     params = _BOOST | params | fixed
     data = lgb.Dataset(u * s, params=params, free_raw_data=False).construct()
     targets = np.ascontiguousarray(np.asarray(z, float).T)
     trees = [lgb.train(params, data.set_label(t), max(rounds)) for t in targets]
-    predict = partial(_boost_predict, mean=mean, scale=scale, v=v, trees=trees, threads=threads)
+    predict = partial(boost_predict, mean=mean, scale=scale, v=v, trees=trees, threads=threads)
     return [partial(predict, rounds=r) for r in rounds]
 
 # %% ../../nbs/frozen/heads.ipynb #d2ad0784

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HEAD_METHODS', 'RANDOM_FOLDER', 'SpotData', 'open_spots', 'Fitted', 'draw_weights', 'Finetuning', 'EncodedSpots',
-           'FrozenHead', 'CrossValidation', 'keep_fold', 'clear_folds', 'fit_fold', 'random_split', 'fold_job',
-           'fit_folds', 'cross_validate_finetuning', 'compare_splits', 'left_out', 'cross_validate_head',
-           'run_training']
+           'FrozenHead', 'describe_training', 'keep_for_slides', 'keep_frozen', 'CrossValidation', 'keep_fold',
+           'clear_folds', 'fit_fold', 'fold_reference', 'random_split', 'fold_job', 'fit_folds',
+           'cross_validate_finetuning', 'compare_splits', 'left_out', 'cross_validate_head', 'run_training']
 
 # %% ../../nbs/spots/crossval.ipynb #d9b146e3
 import shutil
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core.compute import seed_everything
+from ..core.compute import pick_device, seed_everything
 from ..core.files import atomic, make_dir, write_json, write_table
 from ..core.processes import Job, side_by_side
 from ..core.runs import RunFolder
@@ -31,14 +31,18 @@ from ..learn.losses import Loss
 from ..learn.networks import start_at
 from ..learn.scores import mean_spearman
 from ..learn.trainer import Trainer, TrainSettings
+from ..learn.views import find_views, view_name
 from .cache import SlideCache
 from .context import ContextDataset, fit_context
+from .familiar import Familiarity, FeatureReference, spread_rows
+from .kept_run import KEPT_FOLDER, KeptRun, clear_kept
 from .kriging import KrigingSettings, krige_fold, kriging_data
-from .lattice import neighbour_table
+from .lattice import measure_lattice, neighbour_table
 from .network import create_model, save_model
 from .patches import Augmentation, HESpotDataset, PatchSampler, normalised_coords, patch_size
 from .results import open_stage
 from .settings import TrainingSettings
+from .slide_heads import KrigingHead, NeighbourHead, PlainHead, keep_slide_head
 from .splits import check_split, fold_rows, inner_split, is_divided, slide_blocks
 from .targets import TargetTransform
 
@@ -93,6 +97,12 @@ class SpotData:
         "(all spots,) what is left out together: patients where a patient has several slides in one fold, else slides."
         several = self.train.groupby("slide").fold.first().duplicated().any()
         return self.spots.patient.to_numpy() if several else self.slide
+
+    @property
+    def place(self)->np.ndarray:
+        "(training spots,) the name of what is left out as a whole: the slide, or a block of it."
+        if not self.divided: return self.train.slide.to_numpy(str)
+        return np.array([f"{slide}, block {k}" for slide, k in zip(self.train.slide, self.fold)])
 
     @property
     def held_together(self)->str:
@@ -212,14 +222,15 @@ class EncodedSpots:
     ):
         self.data, self.settings = data, settings
         seed_everything(settings.seed)
-        model = create_model(n_targets=len(data.names), **network | dict(head="linear")).eval()
+        self.model = create_model(n_targets=len(data.names), **network | dict(head="linear")).eval()
         levels = numbers(settings.stages, "stages", int)
-        self.encoder = Stages(model, levels, spread=True, final=True) if levels else model
+        self.encoder = Stages(self.model, levels, spread=True, final=True) if levels else self.model
         every = data.dataset(np.arange(len(data.spots)))
         self.views = cached_features(self.encoder, every, settings.views, cache, prepared=stain, device=settings.device,
             workers=settings.workers, amp=settings.amp)                  # one (n, D) array a view
         self.mean = mean_view(self.views)
         self.blocks = self.encoder.blocks(self.mean) if levels else [self.mean]
+        self.half = all(v.dtype == np.float16 for v in self.views)
 
     def view(self, rows)->list:
         "(n, D) float32 of each view."
@@ -264,10 +275,36 @@ class FrozenHead:
         answers = np.stack([transform.natural(p) for p in fit[0]])
         return self._fitted(transform, answers, train, *fit[1:])
 
-    def _fitted(self, transform, answers, train, inner, chosen):
+    def _fitted(self, transform, answers, train, inner, chosen, model=None):
         settings = {n: v for n, v in chosen.items() if np.ndim(v) == 0}
         score = mean_spearman(inner, self.data.values[train])
-        return Fitted(transform, answers, train, inner, pd.DataFrame([settings | dict(metric=score)]), None, chosen)
+        return Fitted(transform, answers, train, inner, pd.DataFrame([settings | dict(metric=score)]), model, chosen)
+
+    def for_slides(self):
+        "A head fitted on all training spots, for slides that were not trained on."
+        d = self.data
+        if self.method == "kriging": return self._kriging_head()
+        fit = self.fit(d.is_train, d.is_train[:1])
+        if self.settings.neighbours == "none": return PlainHead(fit.transform, fit.model)
+        return NeighbourHead(fit.transform, fit.model.keywords["model"], d.lattice)
+
+    def _kriging_head(self):
+        "Kriging keeps what it compares with."
+        d, rows = self.data, self.data.is_train
+        spots = d.spots.iloc[rows][["slide", "patient", "x", "y"]].reset_index(drop=True)
+        spots = spots.assign(pitch=self.pitch[rows], unit=self.group(rows))
+        cuts = np.cumsum([b.shape[1] for b in self.encoded.blocks])[:-1].tolist()
+        transform, scales = TargetTransform("rank").fit(d.Y), len(self.settings.sizes_um)
+        features = np.asarray(self.encoded.mean[rows], np.float32)
+        return KrigingHead(transform, features, cuts, spots, d.Y, scales, self.kriging)
+
+    def of_slide(self,
+        head,                  # from `for_slides`
+        rows,                  # of one slide
+    )->np.ndarray:             # (V, n, T)
+        "What a head for new slides says of a slide of the run, with nothing of the other test slides."
+        seen = self.encoded.view(rows) if self.method != "kriging" else [self.encoded.mean[rows]]
+        return head.answer(seen, self.data.spots.iloc[rows].reset_index(drop=True))
 
     def _head(self, z, score, train, out):
         "A head on the features of single spots."
@@ -276,7 +313,7 @@ class FrozenHead:
         fit = HEAD_METHODS[self.method](x, z, self.group(train), score, **more)
         chosen = dict(fit.chosen)
         if self.method == "ridge": chosen |= dict(weight=fit["weight"], bias=fit["bias"])
-        return [fit.predict(v) for v in self.encoded.view(out)], fit.inner, chosen
+        return [fit.predict(v) for v in self.encoded.view(out)], fit.inner, chosen, fit.predict
 
     def _around(self, z, score, train, out):
         "A head that looks at a spot's neighbours too."
@@ -286,14 +323,16 @@ class FrozenHead:
         rows_of = lambda rows: ContextDataset(self.encoded.views, self.lattice, learnt, None, rows)
         how = dict(loss=s.loss, seed=s.seed, device=s.device)
         fit = fit_context(rows_of(train), self.group(train), score, s.neighbours, **how)
-        return [fit.predict(rows_of(out))], fit.inner, dict(fit.chosen)
+        return [fit.predict(rows_of(out))], fit.inner, dict(fit.chosen), fit.predict
 
     def _prepare_kriging(self):
         "What all folds share: how alike slides and spots look, and how near spots lie."
         d, s = self.data, self.settings
-        pitch = d.spots.slide.map({n: i.pitch_px for n, i in d.factory.slides.items()})
+        place = d.spots.groupby("slide")[["x", "y"]]
+        pitch = {slide: measure_lattice(xy.to_numpy(float))[0] for slide, xy in place}
+        self.pitch = d.spots.slide.map(pitch).to_numpy(float)
         self.kriging = KrigingSettings(slide_length_scale=s.slide_length_scale, order=s.order, pca=s.pca)
-        self.similar = kriging_data(self.encoded.blocks, len(s.sizes_um), d.spots, pitch, self.kriging)
+        self.similar = kriging_data(self.encoded.blocks, len(s.sizes_um), d.spots, self.pitch, self.kriging)
 
     def _krige(self, values, train, out, within):
         "The level of slides that look alike, and the deviation of spots that do."
@@ -303,6 +342,54 @@ class FrozenHead:
         fit = krige_fold(self.similar, values, train, out, unit=units, settings=settings)
         chosen = dict(candidate=fit.candidate, penalty=float(np.median(fit.penalties)), level=fit.level)
         return self._fitted(TargetTransform("rank").fit(values[train]), fit.answer[None], train, fit.inner, chosen)
+
+# %% ../../nbs/spots/crossval.ipynb #4d2f79bc
+def _median(values):
+    "The median of what is known; nan where nothing is."
+    known = np.asarray(values, float)[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else float("nan")
+
+def describe_training(
+    run: RunFolder, data: SpotData,
+    **more,              # views, half, stages or folds of `KeptRun`
+)->KeptRun:
+    "What a new slide has to know of a training."
+    s, factory, first = data.settings, data.factory, min(data.folds())
+    train = [factory.slides[name] for name in factory.names("Train")]
+    scale, kinds = _median([i.um_per_px for i in train]), [i.lattice for i in train]
+    sizes = [s.patch_px * scale if s.patch_px else s.patch_um, *s.sizes_um[1:]]
+    sides = {name: [side[name] for side in data.sizes] for name in factory.names("Test")}
+    return KeptRun(s.method, data.names, list(factory.cell_types), sizes, s.input_px, scale,
+        _median([i.pitch_px * i.um_per_px for i in train]), max(set(kinds), key=kinds.count),
+        run.json(f"folds/{first}/config.json")["extra"]["target"], factory.names("Train"), sides, **more)
+
+def keep_for_slides(
+    run: RunFolder, data: SpotData,
+    references: list, left_out: dict,      # of `Familiarity`
+    **more,                                # as for `describe_training`
+)->None:
+    "Write what new slides need beside the models: `KeptRun` and `Familiarity`."
+    folder, stain = make_dir(run/KEPT_FOLDER), run.json_or("stain.json", {})
+    scales = {name: data.factory.slides[name].um_per_px for name in data.factory.names("Train")}
+    measured = {name: r for name, r in stain.get("measured", {}).items() if name in scales}
+    normalised = stain.get("method", "none") != "none"
+    Familiarity(references, left_out, measured, scales, normalised).write(folder)
+    describe_training(run, data, **more).write(run)
+
+def keep_frozen(
+    run: RunFolder,
+    method: FrozenHead,
+    head,                # from `FrozenHead.for_slides`
+)->None:
+    "Write a frozen encoder, its head for new slides, and what they need beside."
+    d, encoded, s = method.data, method.encoded, method.settings
+    seen, some = encoded.mean[d.is_train], spread_rows(d.place, 100)
+    save_model(encoded.model, run/KEPT_FOLDER/"encoder")
+    keep_slide_head(head, run/KEPT_FOLDER/"head", np.asarray(seen[some]))
+    reference = FeatureReference.fit(seen, d.place)
+    how = dict(views=[view_name(v) for v in find_views(s.views)], half=encoded.half)
+    stages = numbers(s.stages, "stages", int)
+    keep_for_slides(run, d, [reference], reference.left_out(seen, d.place), stages=list(stages), **how)
 
 # %% ../../nbs/spots/crossval.ipynb #c8eb8ac3
 @dataclass
@@ -340,6 +427,7 @@ def clear_folds(
     for old in (run/"folds").glob("*"):
         if old.name not in {str(k) for k in folds}: shutil.rmtree(old)
     (run/"answers.npy").unlink(missing_ok=True)
+    clear_kept(run)
 
 # %% ../../nbs/spots/crossval.ipynb #042b7c32
 RANDOM_FOLDER = "random_split"      # of a run: what a split by random spots leaves
@@ -348,7 +436,7 @@ def fit_fold(
     method: Finetuning,
     k: int,              # fold; -1 = a split by random spots, of which the history is kept
     say=print,           # called with a line an epoch
-)->tuple:                # rows that were held out, their predictions as abundances, the history
+)->tuple:                # rows that were held out, their predictions as abundances, the history, `fold_reference`
     "Train on the other slides, choose on an inner one, predict the held-out slide, keep the model."
     d = method.data
     if k < 0: train, choose, held = random_split(d, method.settings.seed)
@@ -357,8 +445,22 @@ def fit_fold(
     fit = method.fit(train, choose, held, str(k), folder, lambda line: say(f"{name}  {line}"))
     if k >= 0: keep_fold(method.run, k, fit, d, method.settings, fit.model)
     else: save_model(fit.model, method.run/RANDOM_FOLDER)         # until all folds are done
+    seen = fold_reference(method, fit.model, train, held) if k >= 0 else None
     fit.finish()
-    return held, fit.transform.abundance(fit.answers[0]), fit.history
+    return held, fit.transform.abundance(fit.answers[0]), fit.history, seen
+
+def fold_reference(
+    method: Finetuning,
+    model,               # of the fold
+    train, held,         # rows that it was trained on, and that it saw nothing of
+)->tuple:                # FeatureReference; held-out slide or block -> how far its features lie
+    "What training spots look like to a fold's network, and how far those lie that were left out."
+    d, s = method.data, method.settings
+    rows, out = (part[spread_rows(d.place[part])] for part in (train, held))
+    how = dict(batch_size=64, device=pick_device(s.device), workers=s.workers, encode=True)
+    x, new = (predict(model, d.dataset(d.is_train[part]), **how)[0] for part in (rows, out))
+    reference = FeatureReference.fit(x, d.place[rows])
+    return reference, reference.left_out(new, d.place[out])
 
 def random_split(
     data: SpotData, seed: int = 0,
@@ -404,6 +506,9 @@ def cross_validate_finetuning(
         (method.run/RANDOM_FOLDER/name).unlink(missing_ok=True)
     histories = {f"fold {k}": found[k][2] for k in d.folds()}
     flattery = compare_splits(d, *found[-1][:2], oof) if -1 in found else None
+    references, left_out = zip(*(found[k][3] for k in d.folds()))
+    keep_for_slides(method.run, d, list(references), {u: away for out in left_out for u, away in out.items()},
+        folds=d.folds())
     return CrossValidation(oof, histories, flattery)
 
 def compare_splits(
@@ -440,7 +545,11 @@ def cross_validate_head(
         keep_fold(run, k, fit._replace(inner_rows=train), d, method.settings, _linear_model(method, network, fit))
         chosen = fit.history.iloc[0].drop("metric").to_dict()
         say(f"fold {k}  {chosen}  left out inside: {fit.history.metric[0]:.4f}")
-    if len(d.is_test): answers[:, d.is_test] = method.fit(d.is_train, d.is_test).answers
+    head = method.for_slides()
+    for slide in d.factory.names("Test"):
+        rows = np.flatnonzero(d.slide == slide)
+        answers[:, rows] = method.of_slide(head, rows)
+    keep_frozen(run, method, head)
     with atomic(run/"answers.npy") as tmp: np.save(tmp, answers)
     oof = answers[0, d.is_train]
     flattery = _flattery_of_head(method, oof) if method.settings.compare_random else None

@@ -1,6 +1,6 @@
 """The review app under load: four people who save at once, alone and while the queue works; tiles; the server's memory.
 
-    python bench/bench_review.py [--quick]
+    python bench/bench_review.py [--quick] [--files 20]
 
 Every figure is measured in this run, against a server in a process of its own."""
 import argparse
@@ -91,7 +91,7 @@ def upload(server, path, n, sizes):
             sizes.append(server.memory())
 
 
-def main(quick):
+def main(quick, files):
     load = os.getloadavg()[0]
     print(f"{os.cpu_count()} cores, load {load:.1f} before the start")
     with tempfile.TemporaryDirectory(prefix="histokit-bench-") as folder:
@@ -105,7 +105,7 @@ def main(quick):
         server = Server(folder/"study")
         told("4 people, 200 images, nothing else", *save_all(server, 4, 50 if quick else 200))
         sizes, before = [], server.memory()
-        loader = threading.Thread(target=upload, args=(server, tiff, 4 if quick else 20, sizes))
+        loader = threading.Thread(target=upload, args=(server, tiff, 4 if quick else files, sizes))
         loader.start()
         told("while 54 MB files come in and are cut", *save_all(server, 4, 50 if quick else 200))
         loader.join()
@@ -118,4 +118,6 @@ def main(quick):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    main(parser.parse_args().quick)
+    parser.add_argument("--files", type=int, default=20, help="of 54 MB that are uploaded; 100 need 6 GB of disk")
+    asked = parser.parse_args()
+    main(asked.quick, asked.files)

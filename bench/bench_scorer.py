@@ -48,7 +48,7 @@ def make_scorer(path, backbone, stages, views):
     measures = PRESETS["pancreas"]
     network = create_score_network(len(measures) * 6, stages, backbone=backbone, weights="none", unfreeze=0)
     config = dict(measures=[asdict(m) for m in measures], code="mse", heads=6, input_px=224, views=views,
-        cuts=[[.2, .4, .6, .8]] * 4, networks=[network.config])
+        cuts=[[.2, .4, .6, .8]] * 4)
     Scorer([network], config).save(path)
     return Scorer.load(path)
 

@@ -1,6 +1,6 @@
 """Train scorers on crops with ordinal scores, judge them on another slide, and score crops of another patient.
 
-    python bench/measure_scores.py FOLDER [--out scores.csv] [--threads 1] [--finetune]
+    python bench/measure_scores.py FOLDER [--out scores.csv] [--threads 1] [--finetune] [--only NAME …]
 
 FOLDER holds scores.csv (path, split, slide, and a column for each measure, 0 to 3), train/ and test/. Everything is
 chosen on `train` alone, on slides left out in turn; `val` is looked at once, for the table. Its crops are of one slide,
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from histokit.core.files import write_table
+from histokit.core.text import choose
 from histokit.review.measures import Measure
 from histokit.review.scorer_training import PUBLISHED_SCORER, ScorerSettings, train_scorer
 from histokit.review.scorer import Scorer
@@ -73,24 +74,33 @@ def show(found, val, train):
         print(f"{name:24}{inner:>8}   {interval}   {kappas}   {errors} {seconds}")
 
 
+def chosen_tries(asked):
+    "The settings that are tried, by name; the last is the one whose answers to test/ are written."
+    tried = TRIED | ({"fine-tuned": TUNED} if asked.finetune else {})
+    if not asked.only: return tried, FINAL
+    for name in asked.only: choose(name, tried, "try")
+    return {name: tried[name] for name in asked.only}, asked.only[-1]
+
+
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("folder", type=Path)
     ask.add_argument("--out", type=Path, default=Path("scores_test.csv"))
     ask.add_argument("--threads", type=int, default=0, help="of torch; 0 = as it is")
     ask.add_argument("--finetune", action="store_true", help="also train the last stage of an encoder (minutes)")
+    ask.add_argument("--only", nargs="+", metavar="NAME", help="these alone, by their names in the table")
     asked = ask.parse_args()
     if asked.threads: torch.set_num_threads(asked.threads)
-    table, tried = read_scores(asked.folder), TRIED | ({"fine-tuned": TUNED} if asked.finetune else {})
+    table, (tried, final) = read_scores(asked.folder), chosen_tries(asked)
     train, val = table[table.split == "train"], table[table.split == "val"]
     print(degeneracy(train[KEYS].to_numpy(float), MEASURES)["sentence"])
     models = {name: asked.out.parent/f"{asked.out.stem}_{i}.safetensors" for i, name in enumerate(tried)}
     found = {name: measured(table, settings, models[name]) for name, settings in tried.items()}
     print(f"\n{'':24}{'left out':>8}   mean kappa on val        {' / '.join(KEYS)}: kappa, then mean error")
     show(found, val, train)
-    print(f"\nchosen on train by {FINAL!r}: {found[FINAL][0]['chosen']}")
+    print(f"\nchosen on train by {final!r}: {found[final][0]['chosen']}")
     paths = sorted((asked.folder/"test").iterdir())
-    scores = answers(models[FINAL], paths)
+    scores = answers(models[final], paths)
     answer = pd.DataFrame(scores.astype(int), columns=KEYS)
     answer.insert(0, "id", [p.stem for p in paths])
     write_table(asked.out, answer)

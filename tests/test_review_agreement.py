@@ -9,11 +9,12 @@ from sklearn.metrics import cohen_kappa_score
 
 from histokit.core.text import BadInput
 from histokit.learn.bootstrap import Bootstrap
+from histokit.learn.scores import kappa_columns, kappa_value
 from histokit.review.agreement import MODEL, ac2_columns, ac2_value, agreement, alpha_columns, alpha_value, confusion
 from histokit.review.agreement import draft_pull, most_split, rater_agreement, rating_table
 from histokit.review.measures import PRESETS, Measure
 from histokit.review.scores import degeneracy, icc_columns, icc_value, intraclass_correlation, judge_measure
-from histokit.review.scores import kappa_columns, kappa_value, leave_one_out_mean, mean_kappa, on_scale
+from histokit.review.scores import leave_one_out_mean, mean_kappa, on_scale
 
 GRADE = Measure("grade")
 FEW = Bootstrap(50)

@@ -221,7 +221,8 @@ def test_a_job_encodes_its_picture_once(tmp_path):
     "The features that are kept beside a draft are those of the draft."
     drafted = []
     class OneLook:
-        def draft(self, path):
+        by_sample = False
+        def draft(self, path, beside):
             drafted.append(path)
             return Draft({KEYS[0]: 1.}, {}, {KEYS[0]: .5}, np.arange(3, dtype=np.float32))
     with Store(tmp_path/"study") as store:

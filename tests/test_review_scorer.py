@@ -1,5 +1,6 @@
 """The scorer of the review app: its file, drafts and training, what is asked next, and which model is promoted."""
 import json
+import shutil
 import struct
 from dataclasses import asdict, replace
 
@@ -98,6 +99,22 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(model, tmp_path, wrong)
     assert "\n" not in str(e.value)
 
 
+def as_first_format(about):
+    "A header as the first version wrote it: every network of one kind, its stages as they were asked for."
+    about["format"] = 1
+    for network in about["networks"]:
+        for key in ("kind", "head", "hidden", "spread", "final"): network.pop(key)
+        network["stages"] = [-2]
+
+
+def test_a_file_of_the_first_format_drafts_as_it_did(model, crops, tmp_path):
+    old = Scorer.load(rewritten(model[0], tmp_path/"old.safetensors", as_first_format))
+    new = Scorer.load(model[0])
+    assert old.draft(crops.path[0]).raw == new.draft(crops.path[0]).raw
+    old.save(tmp_path/"again.safetensors")
+    assert Scorer.load(tmp_path/"again.safetensors").draft(crops.path[0]).raw == new.draft(crops.path[0]).raw
+
+
 # --- drafts ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
@@ -130,7 +147,7 @@ def test_a_map_changes_no_later_draft(model, crops):
 def map_of(network, code, crop, folder):
     "The crop's map of a scorer of one measure."
     config = dict(measures=[asdict(Measure("one", high=3))], code=code, heads=1, input_px=96, views="none",
-        cuts=[[.2, .5, .8]], networks=[network.config])
+        cuts=[[.2, .5, .8]])
     Image.fromarray(crop).save(folder/"crop.png")
     return Scorer([network], config).attention(folder/"crop.png", "one")
 
@@ -164,6 +181,52 @@ def test_crops_of_one_sample_are_drafted_as_alone_without_a_stain(model, crops):
     paths = list(crops.path[:3])
     for alone, together in zip(map(scorer.draft, paths), scorer.draft_sample(paths)):
         assert alone.raw == pytest.approx(together.raw, abs=1e-4)
+
+
+def test_a_map_sees_every_stage_that_the_head_reads(tmp_path):
+    "A head on an early stage alone has the map of that stage; one on two stages has the sum of both."
+    torch.manual_seed(1)
+    network, crop = create_score_network(1, (-3, -2), **TINY).eval(), paint_crop(PaintedScores(3, 1, 2, 3), 96)
+    weight, maps = network.head[-1].weight, {}
+    width = 2 * network.backbone.feature_info[network.config["stages"][0]]["num_chs"]
+    kept = weight.detach().clone()
+    for name, part in dict(early=slice(0, width), late=slice(width, None), both=slice(None)).items():
+        with torch.no_grad(): weight.zero_()[:, part] = kept[:, part]
+        maps[name] = map_of(network, "mse", crop, tmp_path).ravel()
+    alike = {name: np.corrcoef(maps["both"], maps[name])[0, 1] for name in ("early", "late")}
+    assert min(alike.values()) > .1 and max(alike.values()) < .999, alike
+
+
+def test_an_encoder_of_tokens_has_a_map(tmp_path):
+    torch.manual_seed(1)
+    network = create_score_network(1, backbone="test_vit.r160_in1k", weights="none")
+    seen = map_of(network, "mse", paint_crop(PaintedScores(), 160), tmp_path)
+    assert np.isfinite(seen).all() and seen.max() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_queue_drafts_with_the_sample_where_training_did(crops, tmp_path):
+    "The stain of a crop is measured over its sample's crops, as it was when the model was judged; no more than that."
+    from histokit.review.queue import Drafter
+    from histokit.review.uploads import keep_folder
+    asked = replace(QUICK, stain="macenko", stain_by="sample")
+    train_scorer(crops[:15], PANCREAS, asked, tmp_path/"sample.safetensors", QUIET)
+    scorer = Scorer.load(tmp_path/"sample.safetensors")
+    scorer.config["settings"]["stain_by"] = "picture"
+    scorer.save(tmp_path/"picture.safetensors")
+    sample = crops[crops.group == crops.group[0]]
+    (tmp_path/"crops").mkdir()
+    for path in sample.path: shutil.copy(path, tmp_path/"crops")
+    with Store(tmp_path/"study") as store:
+        ids = [a["id"] for a in keep_folder(store, tmp_path/"crops")["accepted"]]
+        files = [store.folder/store.image(i).file for i in ids]
+        for by in ("sample", "picture"):
+            version, scorer = store.add_model(tmp_path/f"{by}.safetensors"), Scorer.load(tmp_path/f"{by}.safetensors")
+            together, alone = scorer.draft_sample(files)[0], scorer.drafts(scorer.pixels(files[0])[None])[0]
+            drafter, seen = Drafter(store), []
+            drafter.scorer().draft = lambda *given, real=drafter.scorer().draft: seen.append(real(*given)) or seen[-1]
+            assert drafter.draft(store.image(ids[0]).file, store.files_beside(ids[0]))[1] == version
+            want, other = (together, alone) if by == "sample" else (alone, together)
+            assert seen[0].raw == pytest.approx(want.raw, abs=1e-3) and seen[0].raw != pytest.approx(other.raw, abs=1e-3)
 
 
 # --- codes and cuts --------------------------------------------------------------------------

@@ -6,8 +6,9 @@
 __all__ = ['SPEARMAN', 'SCORES', 'as_numpy', 'array_library', 'as_tables', 'row_ranks', 'centred_ranks', 'spearman_rows',
            'mean_spearman', 'spearman_columns', 'mean_spearman_columns', 'pearson_columns', 'pearson_rows_score',
            'UndefinedScore', 'roc_auc', 'average_precision', 'as_classes', 'right_rows', 'accuracy',
-           'balanced_accuracy', 'sensitivity', 'specificity', 'quadratic_weighted_kappa', 'absolute_error_rows',
-           'mean_absolute_error', 'Score', 'kappa_score', 'RunningMean']
+           'balanced_accuracy', 'sensitivity', 'specificity', 'kappa_columns', 'kappa_value',
+           'quadratic_weighted_kappa', 'absolute_error_rows', 'mean_absolute_error', 'Score', 'kappa_score',
+           'RunningMean']
 
 # %% ../../nbs/learn/scores.ipynb #a43da488
 from collections.abc import Callable
@@ -287,6 +288,21 @@ def specificity(
     return _share(pred < threshold, ~true, "specificity", "negative")
 
 # %% ../../nbs/learn/scores.ipynb #8dfaf5c0
+def kappa_columns(
+    a, b,            # (n,) numbers on one scale, whose steps are equal
+)->np.ndarray:       # (n, 5)
+    "What each row gives to quadratic weighted kappa."
+    a, b = (np.asarray(v, float) for v in (a, b))
+    return np.stack([a, b, a * a, b * b, a * b], -1)
+
+def kappa_value(
+    means,           # (…, 5) of `kappa_columns`
+)->np.ndarray:       # (…); NaN where every number is the same
+    "Quadratic weighted kappa (Cohen 1968), as 1 minus squared error over that of chance."
+    a, b, aa, bb, ab = np.moveaxis(np.asarray(means, float), -1, 0)
+    error, chance = aa + bb - 2 * ab, aa + bb - 2 * a * b
+    return 1 - np.divide(error, chance, out=np.full_like(error, np.nan), where=chance > 1e-12)
+
 def _level_numbers(values, levels):
     "The place of each grade on the scale."
     values = as_classes(values)
@@ -302,13 +318,9 @@ def quadratic_weighted_kappa(
     "Cohen's kappa with quadratic weights over the whole scale (Cohen 1968)."
     levels = list(range(levels)) if isinstance(levels, int) else list(levels)
     pred, true = (_level_numbers(v, levels) for v in _class_pair(pred, true))
-    n = len(levels)
-    table = np.bincount(pred * n + true, minlength=n * n).reshape(n, n)
-    apart = np.subtract.outer(np.arange(n), np.arange(n)) ** 2
-    chance = np.outer(table.sum(1), table.sum(0)) / len(true)
-    if not (apart * chance).any():
-        raise UndefinedScore("kappa needs two grades, but every row has the same one; score more rows")
-    return float(1 - (apart * table).sum() / (apart * chance).sum())
+    kappa = float(kappa_value(kappa_columns(pred, true).mean(0)))
+    if not np.isnan(kappa): return kappa
+    raise UndefinedScore("kappa needs two grades, but every row has the same one; score more rows")
 
 # %% ../../nbs/learn/scores.ipynb #943e16e8
 def absolute_error_rows(

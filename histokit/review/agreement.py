@@ -14,7 +14,8 @@ import numpy as np
 
 from ..core.text import BadInput
 from ..learn.bootstrap import Bootstrap
-from .scores import estimate, intraclass_correlation, kappa_columns, kappa_value
+from ..learn.scores import kappa_columns, kappa_value
+from .scores import estimate, intraclass_correlation
 
 # %% ../../nbs/review/agreement.ipynb #37976a6f
 MODEL = "model"      # the name of the model among the raters

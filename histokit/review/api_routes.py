@@ -51,7 +51,7 @@ class Review:
         if self.single: return self.single
         return self.logins.sessions.read(request.cookies.get(COOKIE, ""))
 
-    def _send(self, function, *args):
+    def _send(self, function, *args, **more):
         "Have something done in the process that draws maps."
         from histokit.core.processes import without_main
         with self._lock:
@@ -59,15 +59,15 @@ class Review:
                 import multiprocessing
                 alone = dict(mp_context=multiprocessing.get_context("spawn"), initializer=end_with)
                 self._maps = ProcessPoolExecutor(1, **alone, initargs=(os.getpid(),))
-            with without_main(): return self._maps.submit(function, *args)
+            with without_main(): return self._maps.submit(function, *args, **more)
 
     def warm(self)->None:
         "Start the process that draws maps where there is a model: its imports take seconds."
         if self.store.model() is not None: self._send(draws_maps)
 
-    def draw(self, *args)->str:
+    def draw(self, *args, **more)->str:
         "Draw a map in a process of its own; `BadInput` where the process died."
-        try: return self._send(draw_attention, *args).result()
+        try: return self._send(draw_attention, *args, **more).result()
         except BrokenProcessPool:
             with self._lock: self._maps = None
             raise Refused(503, "the process that draws maps died, most likely for want of memory; try again") from None
@@ -243,8 +243,9 @@ def attention_map(request: Request, number: int, measure: str):
         raise Refused(403, "score every measure first: this study shows the model's view afterwards")
     if not row.file: raise NotThere(f"the file of {row.name} is not in this study; upload it")
     path = map_path(store, model.version, row.file, measure)
-    files = (str(store.folder/model.file), str(store.folder/row.file))
-    if not path.exists(): _review(request).draw(*files, measure, str(path), (row.width, row.height))
+    model_file, picture, *others = (str(store.folder/f) for f in (model.file, row.file, *store.files_beside(row.id)))
+    if not path.exists():
+        _review(request).draw(model_file, picture, measure, str(path), (row.width, row.height), others=others)
     return _kept(request, path.read_bytes(), "image/png")
 
 # %% ../../nbs/review/api_routes.ipynb #d8c459e9
@@ -376,7 +377,7 @@ class Route(NamedTuple):
     path: str
     function: Callable
     role: str            # the least that is needed; "" for everybody
-    answer: Any = None   # the form of the answer; None where it is no JSON
+    answer: Any = None   # the form of the answer; or the media type of what is no JSON
 
 ROUTES = (
     Route("GET", "/api/health", health, "", forms.Health),
@@ -393,10 +394,10 @@ ROUTES = (
     Route("POST", "/api/images/{number}/accept", accept, "scorer", forms.Item),
     Route("POST", "/api/images/{number}/flag", flag, "scorer", forms.Item),
     Route("PUT", "/api/images/{number}/consensus", put_consensus, "scorer", forms.Item),
-    Route("GET", "/api/images/{number}/picture.dzi", dzi, "viewer"),
-    Route("GET", "/api/images/{number}/tiles/{level}/{x}_{y}.jpg", tile, "viewer"),
-    Route("GET", "/api/images/{number}/thumb.jpg", thumb, "viewer"),
-    Route("GET", "/api/images/{number}/map.png", attention_map, "viewer"),
+    Route("GET", "/api/images/{number}/picture.dzi", dzi, "viewer", "application/xml"),
+    Route("GET", "/api/images/{number}/tiles/{level}/{x}_{y}.jpg", tile, "viewer", "image/jpeg"),
+    Route("GET", "/api/images/{number}/thumb.jpg", thumb, "viewer", "image/jpeg"),
+    Route("GET", "/api/images/{number}/map.png", attention_map, "viewer", "image/png"),
     Route("GET", "/api/next", next_image, "viewer", forms.NextImage),
     Route("POST", "/api/uploads", upload, "scorer", forms.UploadAnswer),
     Route("POST", "/api/folder", folder, "admin", forms.UploadAnswer),
@@ -404,7 +405,7 @@ ROUTES = (
     Route("POST", "/api/jobs/{number}/retry", retry, "scorer", forms.JobShown),
     Route("GET", "/api/agreement", agreement, "viewer", dict[str, Any]),
     Route("GET", "/api/active", active, "viewer", list[forms.ActiveImage]),
-    Route("GET", "/api/export.csv", export, "viewer"),
+    Route("GET", "/api/export.csv", export, "viewer", "text/csv"),
     Route("GET", "/api/people", people, "admin", list[forms.PersonShown]),
     Route("POST", "/api/people", add_person, "admin", forms.PersonShown),
     Route("PATCH", "/api/people/{number}", change_person, "admin", forms.PersonShown),

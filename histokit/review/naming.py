@@ -29,7 +29,7 @@ def serial_of(
     found = re.search(settings.serial_pattern, stem, re.IGNORECASE)
     group, number = (found["group"], found["number"]) if found else (None, None)
     if not group or not number: return Serial(stem, stem, False)
-    digits = number.zfill(2)[-2:] if settings.serial_form == "published" else number.zfill(3)
+    digits = number.zfill(2)[-2:] if settings.serial_form == "published" else number
     return Serial(group, f"{group}-{digits}", True)
 
 # %% ../../nbs/review/naming.ipynb #abbc09dc

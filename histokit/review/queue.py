@@ -55,7 +55,7 @@ def seen_path(
 class Drafter:
     "The model of a study, loaded once and anew when another takes its place."
     def __init__(self, store: Store):
-        self.store, self.version, self._scorer = store, None, None
+        self.store, self.version, self._scorer, self._squares = store, None, None, {}
 
     def scorer(self):
         "The model that drafts now, or None."
@@ -64,16 +64,28 @@ class Drafter:
         if row.version != self.version:
             from histokit.review.scorer import Scorer
             self._scorer, self.version = Scorer.load(self.store.folder/row.file), row.version
+            self._squares.clear()
         return self._scorer
 
-    def draft(self, file: str)->tuple:
-        "Scores of a file on the study's scales, and the model's version; ({}, None) without a model."
+    def _beside(self, scorer, files):
+        "Squares of a sample's other crops, where the stain is measured over them; what cannot be read is left out."
+        if not scorer.by_sample: return []
+        if len(self._squares) > _MOST_SQUARES: self._squares.clear()
+        for file in set(files) - set(self._squares):
+            with contextlib.suppress(BadInput, OSError): self._squares[file] = scorer.square(self.store.folder/file)
+        return [self._squares[file] for file in files if file in self._squares]
+
+    def draft(self, file: str, others=())->tuple:
+        "Scores of a file, its sample's `others` beside it, and the model's version; ({}, None) without a model."
         scorer = self.scorer()
         if scorer is None: return {}, None
-        draft, by_key = scorer.draft(self.store.folder/file), self.store.settings().by_key
+        draft = scorer.draft(self.store.folder/file, self._beside(scorer, others))
+        by_key = self.store.settings().by_key
         with atomic(seen_path(self.store, self.version, file)) as tmp:
             np.savez(tmp, features=draft.features, uncertainty=draft.uncertainty)
         return {m: by_key[m].nearest(v) for m, v in draft.items() if m in by_key}, self.version
+
+_MOST_SQUARES = 400      # small copies of crops that are kept: some 60 MB
 
 class _Renewing(Background):
     "While the block runs the lease is renewed."
@@ -96,7 +108,7 @@ def work_on(
     try:
         with _Renewing(store, claim, worker, lease):
             ready_tiles(store, claim.file)
-            values, version = drafter.draft(claim.file)
+            values, version = drafter.draft(claim.file, store.files_beside(claim.image_id))
     except DatabaseTrouble: raise
     except (BadInput, RuntimeError, MemoryError, OSError) as e:
         return store.fail(claim.id, worker, one_line(e).replace(f"{store.folder}/", "") or type(e).__name__)
@@ -218,11 +230,15 @@ def draw_attention(
     measure: str,
     out: str,       # ends in .png
     size: tuple,    # width and height of the picture
+    *,
+    others=(),      # files of its sample's other crops
 )->str:
     "Draw a map of attention, transparent where there is none."
     from PIL import Image
     from histokit.review.scorer import Scorer
-    seen = np.clip(Scorer.load(model).attention(picture, measure), 0, 1)
+    scorer = Scorer.load(model)
+    beside = [scorer.square(path) for path in others] if scorer.by_sample else []
+    seen = np.clip(scorer.attention(picture, measure, beside), 0, 1)
     colour = np.stack([255 * seen**.5, 90 * seen, 40 * (1 - seen), 220 * seen], -1).astype(np.uint8)
     wide = max(size)
     image = Image.fromarray(colour).resize([max(1, round(512 * n / wide)) for n in size], Image.Resampling.BICUBIC)

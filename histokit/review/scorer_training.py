@@ -323,5 +323,4 @@ def as_scorer(
     cuts = fit_cuts(trained.held, crops.scores, crops.measures, settings.cuts)
     config = dict(measures=[asdict(m) for m in crops.measures], code=code, heads=trained.heads, views=settings.views,
         stain=crops.stain.to_json() if crops.stain else None, cuts=cuts, input_px=settings.input_px)
-    about = dict(networks=[n.config for n in trained.networks], settings=asdict(settings), metrics=metrics or {})
-    return Scorer(trained.networks, config | about)
+    return Scorer(trained.networks, config | dict(settings=asdict(settings), metrics=metrics or {}))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.stop import at_stop
 from ..core.text import BadInput
-from .api import NO_PAGE, create_app, web_folder
+from .api import create_app, web_folder, why_no_page
 from .api_routes import Review
 from .measures import StudySettings
 from .people import is_loopback
@@ -194,7 +194,7 @@ def serve_review(
     show(f"{store.settings().name} at {server.url} (Ctrl-C ends it)")
     if server.review.setup_code: show(f"the first administrator needs the code {server.review.setup_code}")
     if not address.is_local: show("http shows passwords on the way: put a proxy with HTTPS before it, with --secure")
-    if web_folder() is None: show(NO_PAGE)
+    if web_folder() is None: show(why_no_page())
     if store.model() is None: show("no model drafts yet: give --model FILE, or score and run `histokit review train`")
     if browser and web_folder(): threading.Timer(.5, webbrowser.open, [server.url]).start()
     server.serve()

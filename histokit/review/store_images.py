@@ -249,6 +249,13 @@ class ImagesPart(JobsPart):
             found = c.execute(first.where(beyond)).scalar()
             return found if found is not None else c.execute(first).scalar()
 
+    def files_beside(self, image_id: int, most: int = 24)->list:
+        "The files of other images of an image's sample, as paths in the study's folder, in the order of their names."
+        sample = sa.select(images.c.group).where(images.c.id == image_id).scalar_subquery()
+        others = (images.c.group == sample, images.c.id != image_id, images.c.file != "")
+        query = sa.select(images.c.file).where(*others).order_by(images.c.name).limit(most)
+        with self.reading() as c: return list(c.execute(query).scalars())
+
     def unscored_among(self, person: Person, ids: list)->list:
         "Those of some images that a person has not scored wholly, in the order given."
         with self.reading() as c:

@@ -78,7 +78,7 @@ def _frozen_in(store, table):
 
 def _drafted(scorer, table, keys):
     "(n, M) a model's scores of the pictures of a table; NaN for a measure that it does not know."
-    return np.array([[draft.get(k, np.nan) for k in keys] for draft in map(scorer.draft, table.path)])
+    return np.array([[d.get(k, np.nan) for k in keys] for d in scorer.draft_all(table.path, table.group)])
 
 def _compared(store, new, table, measures):
     "The model at work against a new one, on frozen crops; None where there is none, or it scores other measures."

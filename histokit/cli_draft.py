@@ -5,26 +5,36 @@
 # %% auto #0
 __all__ = ['draft_command']
 
-# %% ../nbs/cli_draft.ipynb #3eb7214f
+# %% ../nbs/cli_draft.ipynb #8b1b542b
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from .cli import Json, command, say
+from .core.text import BadInput
 
-# %% ../nbs/cli_draft.ipynb #f7dc5e20
+# %% ../nbs/cli_draft.ipynb #f46e3694
 _ABOUT_GENERATOR = "findings (words a classifier's numbers), blip2, medgemma, OWNER/NAME of the hub, or a folder"
+_ABOUT_IMAGES = "pictures, drawn class by class in turn; 0: all; if not given 10, of --texts all"
+
+def _how_many(images, texts):
+    "The pictures that are drawn."
+    if images is None: return 0 if texts else 10
+    return images
 
 @command(None, "draft", "draft runs/image_probe -o drafts --images 0", waits=True)
 def draft_command(
-    source: Annotated[Path, typer.Argument(help="a run folder of image classification, or a folder of pictures")],
+    source: Annotated[Path, typer.Argument(help="a classifier's run folder, a folder or a table of pictures")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for drafts, scores, figures and report.html")],
     generator: Annotated[str, typer.Option(help=_ABOUT_GENERATOR)] = "findings",
+    texts: Annotated[str, typer.Option(help="a CSV of texts from elsewhere to score: file or id, text, prompt")] = "",
+    reference: Annotated[str, typer.Option(help="the pictures' column of reference texts, to score against")] = "",
+    scorers: Annotated[str, typer.Option(help="also these, where installed: radgraph, chexbert, radeval")] = "",
     prompts: Annotated[str, typer.Option(help="names of prompts, with commas; all of the file if not given")] = "",
     prompts_file: Annotated[str, typer.Option(help="a YAML file of name: prompt")] = "chest_xray",
     lexicon: Annotated[str, typer.Option(help="a YAML file of findings and their words")] = "chest_xray",
-    images: Annotated[int, typer.Option(help="pictures, drawn class by class in turn; 0: all")] = 10,
+    images: Annotated[Optional[int], typer.Option(help=_ABOUT_IMAGES)] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16 or bf16; Gemma 3 never in fp16")] = "auto",
     batch: Annotated[int, typer.Option(help="pictures at a time")] = 4,
     max_new_tokens: Annotated[int, typer.Option(help="longest answer of a model")] = 200,
@@ -33,8 +43,12 @@ def draft_command(
     as_json: Json = False):
     "Draft reports of pictures, and score the drafts with their controls."
     from histokit.reports.drafting import ReportSettings
+    from histokit.reports.generators import is_text_table
     from histokit.reports.task import format_reports, write_reports
-    asked = dict(generator=generator, prompts=prompts, prompts_file=prompts_file, lexicon=lexicon, images=images)
+    if texts and (generator != "findings" or not is_text_table(texts)):
+        raise BadInput(f"--texts {texts} takes the place of --generator; give one of them, and texts as CSV or Parquet")
+    asked = dict(prompts=prompts, prompts_file=prompts_file, lexicon=lexicon, reference=reference, scorers=scorers)
+    asked |= dict(generator=texts or generator, images=_how_many(images, texts))
     how = dict(precision=precision, report_batch=batch, max_new_tokens=max_new_tokens, device=device, seed=seed)
     made = write_reports(out, source, ReportSettings(**asked, **how), lambda line: typer.echo(line, err=True), fresh)
     say(made | dict(out=out), f"{format_reports(made)}\nwrote {out}/report.html", as_json)

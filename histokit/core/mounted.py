@@ -90,14 +90,19 @@ def mounted_wheels(
     pattern = re.compile(rf"(?i){name}-\d[^/]*\.(whl|tar\.gz|zip)")
     return sorted(p for p in Path(root, "input").rglob("*") if pattern.fullmatch(p.name) and p.is_file())
 
+_MODULES = {"open-clip-torch": "open_clip"}      # of packages whose module has another name
+
+def _module_of(package):
+    "The name that a package is imported by."
+    return _MODULES.get(package) or re.sub(r"[-.]", "_", package)
+
 def install_mounted(
     root,                        # /kaggle, or a folder that stands for it
     packages,                    # names, as pip takes them
     folder,                      # on the path of this process and of those that it starts
 )->list:                         # the packages that were installed
     "Install what cannot be imported yet: from a wheel below `input`, or else from where pip looks."
-    module = lambda package: re.sub(r"[-.]", "_", package)
-    absent = [p for p in packages if importlib.util.find_spec(module(p)) is None]
+    absent = [p for p in packages if importlib.util.find_spec(_module_of(p)) is None]
     for package in absent: _install(package, mounted_wheels(root, package), folder)
     importlib.invalidate_caches()
     return absent

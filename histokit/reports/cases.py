@@ -5,24 +5,26 @@
 # %% auto #0
 __all__ = ['SMALL_PX', 'ENLARGED_PX', 'Case', 'enlarged', 'find_cases', 'sample_cases']
 
-# %% ../../nbs/reports/cases.ipynb #84db952d
+# %% ../../nbs/reports/cases.ipynb #91bd8838
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from ..core.contrast import as_bytes
 from ..core.pictures import read_stored
 from ..core.pixels import as_rgb
 from ..core.runs import RunFolder
-from ..core.text import BadInput
+from ..core.text import BadInput, did_you_mean
 from ..pictures.folders import find_pictures
 from ..pictures.prepared import LARGEST_PICTURE, open_pictures
 from ..pictures.settings import PictureSettings
+from ..retrieval.sources import picture_source
 
-# %% ../../nbs/reports/cases.ipynb #fd0df43f
+# %% ../../nbs/reports/cases.ipynb #dfe77b1c
 SMALL_PX, ENLARGED_PX = 256, 512
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Case:
     truth: str         # normal, abnormal or ""
     row: int = -1      # among the pictures of its run
     held_out: bool = True  # whether its label was there to learn from; its answers then are out of fold
+    reference: str = ""    # what a person wrote of it
 
     def picture(self):
         "The picture in RGB; `BadInput` where the file cannot be read."
@@ -48,11 +51,12 @@ def enlarged(
     scale = ENLARGED_PX / max(image.size)
     return image.resize([max(round(n * scale), 1) for n in image.size], Image.Resampling.BICUBIC)
 
-# %% ../../nbs/reports/cases.ipynb #6453831e
+# %% ../../nbs/reports/cases.ipynb #00735bf7
 _NORMAL = re.compile(r"(?i)\b(?:normal|no finding|healthy|negative)\b")
 
 def _truth(item, classes, kind):
     "Whether an item is known to be normal."
+    if not classes: return ""
     if kind == "multilabel":
         values = np.array([item[c] for c in classes], float)
         return "" if np.isnan(values).any() else ("abnormal" if values.any() else "normal")
@@ -61,25 +65,41 @@ def _truth(item, classes, kind):
     if kind == "binary": return ("normal", "abnormal")[label]
     return "normal" if _NORMAL.search(str(classes[label]).replace("_", " ")) else "abnormal"
 
-def _case(item, root, classes, kind, row):
+def _case(item, root, classes, kind, row, reference):
     "A row of a table as a case."
     patient = str(item.get("patient") or item["id"])
     labelled = item["split"] == "train"
     truth = _truth(item, classes, kind) if labelled else ""
-    return Case(str(item["id"]), Path(root)/item["file"], patient, truth, row, labelled)
+    return Case(str(item["id"]), Path(root)/item["file"], patient, truth, row, labelled, reference)
+
+def _references(items, column):
+    "The reference text of each item; `BadInput` where no column is called so, or where it is empty."
+    if not column: return [""] * len(items)
+    if column not in items: raise BadInput(f"reference={column}: no such column{did_you_mean(column, items.columns)}")
+    texts = ["" if pd.isna(text) else str(text).strip() for text in items[column]]
+    if any(texts): return texts
+    raise BadInput(f"reference={column}: no picture has a word there; give a column of texts")
+
+def _pictures_of(source):
+    "Folder, classes, kind and items of a source."
+    if RunFolder(source).has("items.parquet"): found = open_pictures(RunFolder(source))
+    else:
+        path, settings = Path(source), PictureSettings()
+        if path.is_file(): path, settings = path.parent, PictureSettings(labels_csv=path.name)
+        try: found = find_pictures(path, settings)
+        except BadInput:
+            found = picture_source(source)          # raises it again, unless only labels are missing
+            return found.root, (), "", found.items
+    return found.root, found.classes, found.kind, found.items
 
 def find_cases(
-    source,            # a run folder of image classification, or a folder of pictures
-)->list:               # of Case
+    source,              # a run folder of image classification, or a folder or table of pictures
+    reference: str = "", # the column of the table that holds reference texts; "" for none
+)->list:                 # of Case
     "The pictures that can be reported."
-    run = RunFolder(source)
-    if run.has("items.parquet"):
-        found = open_pictures(run)
-        root, classes, kind, items = found.root, found.classes, found.kind, found.items
-    else:
-        table = find_pictures(source, PictureSettings())
-        root, classes, kind, items = table.root, table.classes, table.kind, table.items
-    cases = [_case(item, root, classes, kind, i) for i, item in enumerate(items.to_dict("records"))]
+    root, classes, kind, items = _pictures_of(source)
+    rows = enumerate(zip(items.to_dict("records"), _references(items, reference)))
+    cases = [_case(item, root, classes, kind, i, text) for i, (item, text) in rows]
     if not cases: raise BadInput(f"{source} holds no picture; give a folder of pictures, or a run of them")
     return cases
 

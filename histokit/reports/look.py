@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['draw_report_cards', 'draw_prompts', 'report_page']
 
-# %% ../../nbs/reports/look.ipynb #542bb39a
+# %% ../../nbs/reports/look.ipynb #e5561244
 import textwrap
 
 import pandas as pd
 
 from ..core.page import Html, escaped, html_figure, html_table, page
 from .cases import enlarged
+from .lexicon import Lexicon
+from .overlap import PLUGINS
 from .scoring import prompt_sentences
+from .verdict import where_they_part
 
 # %% ../../nbs/reports/look.ipynb #dd3de535
 _MARKS = {1.: ("agrees", "#1a7f37"), 0.: ("disagrees", "#b00020")}
@@ -67,15 +70,16 @@ def draw_prompts(
     fig.suptitle("The same picture, asked in several ways", fontsize=10)
     return fig
 
-# %% ../../nbs/reports/look.ipynb #5306e6c2
+# %% ../../nbs/reports/look.ipynb #c4ca2c28
 _SHOWN = ("texts", "agreement", "legacy_agreement", "grounding_gap", "gap_low", "gap_high", "echo", "repetition",
     "empty",
-    "silent", "sameness")
+    "silent", "sameness", "referenced", "finding_f1", "bleu_4", "rouge_l", "reference_gap", *PLUGINS)
 
 def report_page(
     cases: list, scored: pd.DataFrame, by_prompt: pd.DataFrame,
     about: dict,             # of the generator
-    most: int = 24,          # pictures shown
+    lexicon: Lexicon = None,
+    most: int = 24,          # pictures, and sentences, shown
 )->Html:
     "Scores and controls of every prompt, then every picture with its drafts."
     table = html_table(by_prompt[["prompt", *(c for c in _SHOWN if c in by_prompt)]].to_dict("records"))
@@ -84,7 +88,9 @@ def report_page(
     cards = "".join(_card(case, scored[scored.id.eq(case.id)]) for case in cases[:most])
     left = f"<p class=none>{len(cases) - most} more in all_reports.csv</p>" if len(cases) > most else ""
     lead = f"Written by {about['generator']}. Drafts are no reports: no physician has seen them."
-    sections = [("Prompts", Html(table + said)), ("Pictures", Html(cards + left)),
+    parted = html_table(where_they_part(scored.text, lexicon).head(most).to_dict("records"))
+    sections = [("Prompts", Html(table + said)), ("Where verdict and keyword score part", parted),
+        ("Pictures", Html(cards + left)),
         ("Generator", html_table([{k: str(v) for k, v in about.items() if k != "prompts"}]))]
     return page("Drafted reports", sections, lead)
 

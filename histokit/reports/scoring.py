@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['score_drafts', 'score_prompts', 'prompt_sentences', 'report_sentences']
 
-# %% ../../nbs/reports/scoring.ipynb #3fe4a29d
+# %% ../../nbs/reports/scoring.ipynb #0dc400a5
 import numpy as np
 import pandas as pd
 
@@ -13,15 +13,16 @@ from ..core.text import BadInput
 from ..learn.bootstrap import Bootstrap, mean_interval
 from .controls import agreement_table, echo, grounding_gap, repetition, text_controls
 from .lexicon import Lexicon
-from .verdict import legacy_verdict, read_text
+from .overlap import finding_f1, finding_table, plugin_score, rouge_l, text_overlap
+from .verdict import legacy_verdict, read_text, where_they_part
 
-# %% ../../nbs/reports/scoring.ipynb #5855603f
+# %% ../../nbs/reports/scoring.ipynb #cdc9b1e7
 def score_drafts(
     drafts: pd.DataFrame,        # of `read_drafts`
     prompts: dict,               # name -> prompt
     lexicon: Lexicon = None,
-)->pd.DataFrame:                 # the same with verdict, legacy, findings, agrees, legacy_agrees, echo, repetition
-    "Every draft with what it says."
+)->pd.DataFrame:                 # the same with verdict, legacy, findings, agrees, legacy_agrees, echo, repetition, …
+    "Every draft with what it says; beside a reference text with finding_f1 and rouge_l, too."
     table, read = drafts.copy(), [read_text(t, lexicon) for t in drafts.text]
     table["verdict"] = [r.verdict for r in read]
     table["legacy"] = [legacy_verdict(t) for t in drafts.text]
@@ -32,12 +33,23 @@ def score_drafts(
         table[column] = table[of].eq(table.truth).astype(float).where(known)
     table["echo"] = [echo(t, prompts[p]) for t, p in zip(table.text, table.prompt)]
     table["repetition"] = [repetition(t) for t in table.text]
+    return _beside_references(table, lexicon) if "reference" in table else table
+
+def _beside_references(table, lexicon):
+    "The table with finding_f1 and rouge_l of every draft that has a reference text."
+    pairs, has = list(zip(table.text, table.reference)), table.reference.ne("")
+    table["finding_f1"] = [finding_f1([t], [r], lexicon)["f1"] for t, r in pairs]
+    table["rouge_l"] = [rouge_l(t, r) for t, r in pairs]
+    table[["finding_f1", "rouge_l"]] = table[["finding_f1", "rouge_l"]].astype(float).where(has)
     return table
 
-# %% ../../nbs/reports/scoring.ipynb #62982ca0
+# %% ../../nbs/reports/scoring.ipynb #b3e79c31
 def score_prompts(
     scored: pd.DataFrame,        # of `score_drafts`
     prompts: dict,
+    lexicon: Lexicon = None,
+    scorers=(),                  # names of other scorers, asked where there are reference texts
+    *,
     bootstrap: Bootstrap = Bootstrap(),
 )->pd.DataFrame:                 # a row a prompt
     "Agreement with its interval, the keyword score beside it, controls and grounding gap of every prompt."
@@ -45,7 +57,7 @@ def score_prompts(
     for name, part in scored.groupby("prompt", sort=False):
         row = dict(prompt=name) | text_controls(list(part.text), prompts[name])
         known = part[part.agrees.notna()]
-        rows.append(row | _against_labels(known, bootstrap))
+        rows.append(row | _against_labels(known, bootstrap) | _against_references(part, lexicon, scorers, bootstrap))
     return pd.DataFrame(rows)
 
 def _against_labels(known, bootstrap):
@@ -59,7 +71,25 @@ def _against_labels(known, bootstrap):
     except BadInput: return found
     return found | {("grounding_gap" if k == "gap" else f"gap_{k}"): gap[k] for k in ("gap", "low", "high")}
 
-# %% ../../nbs/reports/scoring.ipynb #aed13c81
+_NAMED = dict(precision="finding_precision", recall="finding_recall", f1="finding_f1", findings="reference_findings")
+
+def _against_references(part, lexicon, scorers, bootstrap):
+    "What reference texts say of drafts; {} where no picture has one."
+    if "reference" not in part or not (has := part.reference.ne("")).any(): return {}
+    known = part[has]
+    texts, references = list(known.text), list(known.reference)
+    overlap = text_overlap(texts, references, lexicon)
+    found = dict(referenced=len(known)) | {_NAMED.get(k, k): v for k, v in overlap.items()}
+    found |= {name: plugin_score(name, texts, references) for name in scorers}
+    try: gap = grounding_gap(finding_table(texts, references, lexicon), known.patient.to_numpy(), bootstrap)
+    except BadInput: return found
+    return found | {f"reference_{k}": gap[k] for k in ("gap", "low", "high")}
+
+# %% ../../nbs/reports/scoring.ipynb #97f99ee3
+def _value(row, name):
+    value = row.get(name)
+    return "not known" if value is None or np.isnan(value) else f"{value:.2f}"
+
 def _interval(row, name, low, high):
     value = row.get(name)
     if value is None or np.isnan(value): return "not known"
@@ -79,28 +109,37 @@ def prompt_sentences(
     "What is to be said of a prompt."
     agreed = _interval(row, "agreement", "agreement_low", "agreement_high")
     gap = _interval(row, "grounding_gap", "gap_low", "gap_high")
-    keyword = row.get("legacy_agreement", np.nan)
-    keyword = "not known" if np.isnan(keyword) else f"{keyword:.2f}"
+    keyword = _value(row, "legacy_agreement")
     return [f"{row['texts']} drafts, {row['words']:.0f} words each on average.",
         f"Agreement of the verdict with the label: {agreed}; of the published keyword score: {keyword}.",
         f"Grounding gap: {gap}. {_grounded(row)}",
         f"Echo of the prompt {row['echo']:.2f}, repetition {row['repetition']:.2f}, empty {row['empty']:.2f}, "
-        f"without a verdict {row['silent']:.2f}, distinct texts {row['sameness']:.2f}."]
+        f"without a verdict {row['silent']:.2f}, distinct texts {row['sameness']:.2f}.", *_of_references(row)]
+
+def _of_references(row):
+    "What is to be said where there are reference texts."
+    if not row.get("referenced", 0) > 0: return []
+    gap = _interval(row, "reference_gap", "reference_low", "reference_high")
+    words = f"BLEU-4 {_value(row, 'bleu_4')}, ROUGE-L {_value(row, 'rouge_l')}"
+    return [f"Against {row['referenced']:.0f} reference texts: F1 of findings {_value(row, 'finding_f1')} "
+        f"(precision {_value(row, 'finding_precision')}, recall {_value(row, 'finding_recall')}), {words}.",
+        f"F1 of findings of a picture's own reference minus that of other patients' references: {gap}."]
 
 def report_sentences(
     by_prompt: pd.DataFrame, scored: pd.DataFrame,
     about: dict,                 # what the manifest says of the generator
+    lexicon: Lexicon = None,
+    most: int = 20,              # sentences that are shown
 )->str:                          # Markdown
     "The report of a run of drafts; no sentence is written by hand."
     lines = ["# Drafted reports", "", f"Generator: {about['generator']}. {len(set(scored.id))} pictures, "
         f"{len(by_prompt)} prompts, {len(scored)} drafts. Drafts are no reports: no physician has seen them.", ""]
     for row in by_prompt.to_dict("records"):
         lines += [f"## {row['prompt']}", "", *(f"- {s}" for s in prompt_sentences(row)), ""]
-    parted = scored[scored.verdict.ne(scored.legacy)]
-    lines += ["## Where verdict and keyword score part", "", f"{len(parted)} of {len(scored)} drafts."]
-    shown = parted.drop_duplicates("text").head(10)
-    lines += [f"- {r.id}, {r.prompt}: verdict {r.verdict}, keywords {r.legacy}: {_cut(r.text)}"
-        for r in shown.itertuples()]
+    parted, apart = where_they_part(scored.text, lexicon), scored.verdict.ne(scored.legacy)
+    lines += ["## Where verdict and keyword score part", "",
+        f"In {apart.sum()} of {len(scored)} drafts; the sentences that they read differently ({len(parted)}):", ""]
+    lines += [f"- {_cut(r.text)} Verdict {r.verdict}, keywords {r.legacy}." for r in parted.head(most).itertuples()]
     return "\n".join(lines) + "\n"
 
 def _cut(text, most=160): return text if len(text) <= most else text[:most - 1] + "…"

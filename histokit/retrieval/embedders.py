@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_EMBEDDER', 'BIOMEDCLIP', 'WITH_WORDS', 'EMBEDDER_OPTIONS', 'EMBEDDER_FITS', 'EmbedderName', 'parse_embedder',
-           'memory_checked', 'unit_length', 'Embedder', 'check_script', 'timm_embedder', 'clip_source', 'clip_embedder',
-           'open_embedder', 'write_tiny_clip']
+           'embedder_needs', 'memory_checked', 'unit_length', 'Embedder', 'check_script', 'timm_embedder',
+           'clip_source', 'clip_embedder', 'open_embedder', 'write_tiny_clip']
 
-# %% ../../nbs/retrieval/embedders.ipynb #45c5e8ee
+# %% ../../nbs/retrieval/embedders.ipynb #9b049071
 import contextlib, unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 from ..core.compute import pick_device
 from ..core.text import BadInput, choose, did_you_mean, one_line, parse_args
 from ..frozen.features import weights_sha256
-from ..learn.encoders import ENCODERS, PACKAGES, EncoderOptions, brief_hub, create_encoder, pooled
+from histokit.learn.encoders import (ENCODERS, PACKAGES, EncoderOptions, brief_hub, create_encoder, pooled,
+    weight_packages)
 
-# %% ../../nbs/retrieval/embedders.ipynb #305b9617
+# %% ../../nbs/retrieval/embedders.ipynb #869cf4c5
 DEFAULT_EMBEDDER = "timm:tf_efficientnet_lite0"
 BIOMEDCLIP = "open_clip:hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 WITH_WORDS = "open_clip:ViT-B-32/openai, biomedclip, or open_clip:FOLDER"
@@ -54,6 +55,19 @@ def parse_embedder(
     for option in options: choose(option, EMBEDDER_OPTIONS[kind], f"option of {kind}:{name}")
     choose(options.get("fit", "own"), EMBEDDER_FITS, "fit")
     return EmbedderName(kind, name, options)
+
+def _weights_of(asked):
+    "The weights of a timm encoder: as asked, or those of a package where there is one."
+    return str(asked.options.get("weights", "package" if asked.name.split(".")[0] in PACKAGES else ""))
+
+def embedder_needs(
+    text: str,             # as `parse_embedder` takes it
+)->tuple:                  # packages that a machine may lack, as pip takes them; whether weights come from a hub
+    "What an embedder needs to run elsewhere, such as in a kernel."
+    asked = parse_embedder(text)
+    if asked.kind == "open_clip": return ("open-clip-torch", "ftfy", "wcwidth"), not asked.name.startswith("/")
+    weights = _weights_of(asked)
+    return tuple(weight_packages(asked.name, weights)), weights == ""
 
 # %% ../../nbs/retrieval/embedders.ipynb #6c03e69a
 _MEMORY = ("out of memory", "not enough memory", "can't allocate")
@@ -151,7 +165,7 @@ def check_script(
         raise BadInput(f"{what}; the encoder was trained on English, so ask in it")
     if not any(map(str.isalpha, text)): raise BadInput(f"'{text}' holds no word; ask for a finding, such as pneumonia")
 
-# %% ../../nbs/retrieval/embedders.ipynb #7bac4901
+# %% ../../nbs/retrieval/embedders.ipynb #c9a38e99
 class _Pooled(torch.nn.Module):
     "A timm encoder, with the pooling its authors use."
     def __init__(self, backbone, pool):
@@ -176,8 +190,7 @@ def timm_embedder(
     "An encoder of the kit with its own preprocessing."
     import timm.data
     given = dict(asked.options)
-    weights = str(given.get("weights", "package" if asked.name.split(".")[0] in PACKAGES else ""))
-    options = dict(weights=weights, backbone_args=given.get("backbone_args", ""), pool=given.get("pool", ""))
+    options = dict(weights=_weights_of(asked), backbone_args=given.get("backbone_args", ""), pool=given.get("pool", ""))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)                               # weights=none: the same ones every time
         model, facts = create_encoder(EncoderOptions(asked.name, unfreeze=0, **options))

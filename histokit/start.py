@@ -10,8 +10,8 @@ import importlib
 
 from .core.stop import stop_on_signals
 
-# %% ../nbs/start.ipynb #6559d75a
-PAGES = ("cli_search", "cli_draft")        # with groups of commands that join those of cli
+# %% ../nbs/start.ipynb #59bce04d
+PAGES = ("cli_search", "cli_draft", "cli_predict")        # with groups of commands that join those of cli
 
 def begin():
     "The command `histokit`, from its first moment."

@@ -36,6 +36,7 @@ TRIED = {
 FINAL = "+ a second encoder"
 TUNED = replace(PUBLISHED_SCORER, backbone="tf_efficientnet_lite0", weights="package", input_px=200, folds=4, epochs=15,
     patience=4, cuts="matched", views="flips")
+TUNING = {"fine-tuned": TUNED, "fine-tuned, stain of each slide": replace(TUNED, stain="macenko", stain_by="sample")}
 
 
 def read_scores(folder):
@@ -71,12 +72,12 @@ def show(found, val, train):
         inner = f"{found[name][0]['mean_kappa']:.3f}" if name in found else "    –"
         interval = f"{mean.kappa:.3f} [{mean.kappa_low:.3f}, {mean.kappa_high:.3f}]"
         seconds = f"{found[name][2]:5.0f} s" if name in found else ""
-        print(f"{name:24}{inner:>8}   {interval}   {kappas}   {errors} {seconds}")
+        print(f"{name:32}{inner:>8}   {interval}   {kappas}   {errors} {seconds}")
 
 
 def chosen_tries(asked):
     "The settings that are tried, by name; the last is the one whose answers to test/ are written."
-    tried = TRIED | ({"fine-tuned": TUNED} if asked.finetune else {})
+    tried = TRIED | (TUNING if asked.finetune else {})
     if not asked.only: return tried, FINAL
     for name in asked.only: choose(name, tried, "try")
     return {name: tried[name] for name in asked.only}, asked.only[-1]
@@ -87,7 +88,7 @@ def main():
     ask.add_argument("folder", type=Path)
     ask.add_argument("--out", type=Path, default=Path("scores_test.csv"))
     ask.add_argument("--threads", type=int, default=0, help="of torch; 0 = as it is")
-    ask.add_argument("--finetune", action="store_true", help="also train the last stage of an encoder (minutes)")
+    ask.add_argument("--finetune", action="store_true", help="also train the last stage of an encoder (half an hour)")
     ask.add_argument("--only", nargs="+", metavar="NAME", help="these alone, by their names in the table")
     asked = ask.parse_args()
     if asked.threads: torch.set_num_threads(asked.threads)
@@ -96,7 +97,7 @@ def main():
     print(degeneracy(train[KEYS].to_numpy(float), MEASURES)["sentence"])
     models = {name: asked.out.parent/f"{asked.out.stem}_{i}.safetensors" for i, name in enumerate(tried)}
     found = {name: measured(table, settings, models[name]) for name, settings in tried.items()}
-    print(f"\n{'':24}{'left out':>8}   mean kappa on val        {' / '.join(KEYS)}: kappa, then mean error")
+    print(f"\n{'':32}{'left out':>8}   mean kappa on val        {' / '.join(KEYS)}: kappa, then mean error")
     show(found, val, train)
     print(f"\nchosen on train by {final!r}: {found[final][0]['chosen']}")
     paths = sorted((asked.folder/"test").iterdir())

@@ -82,7 +82,8 @@ class Person:
     "One person's browser; what its console says is kept."
     def __init__(self, browser, url, **context):
         self.url, self.complaints = url, []
-        self.context = browser.new_context(viewport=dict(width=1440, height=900), accept_downloads=True, **context)
+        usual = dict(viewport=dict(width=1440, height=900), accept_downloads=True)
+        self.context = browser.new_context(**usual | context)
         self.open()
 
     def open(self, path="/"):
@@ -252,6 +253,51 @@ def lose_the_network(ada):
     assert ada.page.evaluate("Object.keys(localStorage).filter(k => k.includes('outbox')).length") == 0
 
 
+def look_closer(ada, number):
+    "A scale bar, zoom, brightness and contrast, the model's map and its strength, full screen; Tab and p."
+    page = ada.go(f"/review/{number}")
+    ada.see(".scale-bar span")
+    assert re.fullmatch(r"\d+ (µm|mm)", page.locator(".scale-bar span").inner_text())
+    before = page.locator(".zoom-read").inner_text()
+    page.get_by_label("Zoom in").click()
+    ada.until(f"document.querySelector('.zoom-read').innerText !== {before!r}")
+    page.locator("details.light summary").click()
+    page.get_by_label("Brightness", exact=True).fill("1.4")
+    page.get_by_label("Contrast", exact=True).fill("0.8")
+    light = "c => c.style.filter.includes('brightness(1.4) contrast(0.8)')"
+    ada.until(f"[...document.querySelectorAll('.osd canvas')].some({light})")
+    page.get_by_role("button", name="Reset").click()
+    ada.press("g")
+    ada.until("document.querySelector('.attention')?.naturalWidth > 0")
+    page.get_by_label("Map", exact=True).fill("0.5")
+    ada.until("getComputedStyle(document.querySelector('.attention')).opacity === '0.5'")
+    ada.press("g")
+    page.wait_for_selector(".attention", state="detached")
+    page.get_by_role("button", name="Full screen").click()
+    ada.until("document.fullscreenElement?.classList.contains('viewer')")
+    page.evaluate("document.exitFullscreen()")
+    page.locator(".scores h1").click()
+    first = page.locator(".score.active .score-name").inner_text()
+    ada.press("Tab")
+    ada.until(f"document.querySelector('.score.active .score-name').innerText !== {first!r}")
+    ada.onward("p")
+
+
+def score_by_touch(ada, browser, number):
+    "On a phone a finger sets a score, and takes the draft for the rest."
+    told = dict(has_touch=True, is_mobile=True, storage_state=ada.context.storage_state())
+    phone = Person(browser, ada.url, viewport=dict(width=390, height=844), **told)
+    phone.go(f"/review/{number}")
+    phone.until("document.querySelectorAll('.option.drafted').length === 4")
+    phone.page.locator("[data-measure=complexes] .option").nth(3).tap()
+    phone.page.get_by_role("button", name="Accept draft").tap()
+    phone.is_saved()
+    phone.until("document.querySelectorAll('[aria-checked=true]').length === 4")
+    item = phone.api(f"api/images/{number}")
+    assert item["mine"] == item["draft"] | dict(complexes=3) and phone.complaints == []
+    phone.context.close()
+
+
 def second_person(ada, browser):
     "Ada lets Ben in; his scores stand beside hers and change none of them."
     page = ada.go("/people")
@@ -374,6 +420,8 @@ def test_the_whole_story(browser, served, painted, axe, tmp_path):
     second = accept_and_flag(ada, first)
     reload_in_the_middle(ada)
     lose_the_network(ada)
+    look_closer(ada, second)
+    score_by_touch(ada, browser, 10)
     ben = second_person(ada, browser)
     score_all(ben, first, "2311")
     score_all(ben, second, "0124")
@@ -383,6 +431,92 @@ def test_the_whole_story(browser, served, painted, axe, tmp_path):
     filter_the_list(ada)
     look_at_every_page(ada, axe)
     assert ada.complaints == [] and ben.complaints == []
+
+
+# ------------------------------------------------------------------------------------------ quarter steps, a long list
+
+MANY = 3000
+
+
+@pytest.fixture(scope="module")
+def long_study(tmp_path_factory, built):
+    "Three thousand images without files, drafted in quarter steps, served to one person."
+    from histokit.review.schema import current, images, utc_now
+    from histokit.review.serve import Address, ReviewServer, open_study
+    store = open_study(tmp_path_factory.mktemp("long")/"study", "pancreas_quarter")
+    row = dict(sha256="0" * 64, size=1, width=900, height=700, matched=True, file="", changed=False)
+    names = [f"S-{i // 10:03}-{i % 10:03}" for i in range(MANY)]
+    rows = [row | dict(name=f"{n}.tif", serial=n, group=n[:5], created_at=utc_now()) for n in names]
+    drafts = [dict(image_id=i, author="model", measure=k, value=i % 13 / 4, event_id=i)
+        for i in range(1, MANY + 1) for k in MEASURES]
+    with store.writing() as c:
+        c.execute(images.insert(), rows)
+        c.execute(current.insert(), drafts)
+    with ReviewServer(store, Address(port=0), worker=False) as server: yield server
+    store.close()
+
+
+def test_quarter_steps(browser, long_study):
+    "A digit gives a whole number, brackets a quarter, a field any value, brought to the scale; none beyond it."
+    me = Person(browser, long_study.url)
+    page = me.go("/review/7")
+    me.see(".score.active")
+    me.see("text=file is not in this study")
+    me.press("2")                                  # architecture, and on
+    me.press("]", "]", "]")                        # atrophy: begins at the draft, 1.75
+    me.until("document.querySelector('[aria-label^=\\'Atrophy,\\']').value === '2.25'")
+    me.press("4")                                  # its scale ends at 3
+    me.see("text=Atrophy goes from 0 to 3 in steps of 0.25")
+    field = page.get_by_label("Complexes, 0 to 3 in steps of 0.25")
+    field.fill("1,6")
+    field.press("Enter")
+    me.until("document.querySelector('[aria-label^=\\'Complexes,\\']').value === '1.50'")
+    page.get_by_label("Fibrosis one step down").click()
+    page.get_by_label("Fibrosis one step down").click()
+    me.is_saved()
+    want = dict(architecture=2, atrophy=2.25, complexes=1.5, fibrosis=1.5)
+    assert me.api("api/images/7")["mine"] == want
+    page.reload()
+    me.see(".score.active")
+    me.until("document.querySelector('[aria-label^=\\'Atrophy,\\']').value === '2.25'")
+    answer = me.context.request.post(me.url + "api/images/7/events", headers={"X-Histokit": "1", "Origin": me.url[:-1]},
+        data=dict(events=[dict(uid="between-1", measure="atrophy", value=2.3)]))
+    assert answer.status == 422 and "in steps of 0.25" in answer.json()["detail"]
+    assert me.api("api/images/7")["mine"] == want and [c for c in me.complaints if "404" not in c] == []
+    me.context.close()
+
+
+SCROLL = """async () => {
+    const box = document.querySelector('.virtual'), frames = []
+    let last = performance.now()
+    for (let i = 1; i <= 60; i++) {
+        box.scrollTop = box.scrollHeight * i / 60
+        await new Promise(requestAnimationFrame)
+        frames.push(performance.now() - last)
+        last = performance.now()
+    }
+    return [frames.sort((a, b) => a - b)[30], document.querySelectorAll('.image-row').length]
+}"""
+
+
+def test_three_thousand_rows(browser, long_study):
+    "Only the rows in sight are in the page; its end, a search and the arrow keys come at once."
+    me = Person(browser, long_study.url)
+    page = me.go("/images")
+    me.until("document.querySelectorAll('.image-row:not(.blank)').length > 5")
+    assert page.locator(".count").first.inner_text() == str(MANY)
+    frame, rows = page.evaluate(SCROLL)
+    print(f"median frame while scrolling: {frame:.0f} ms")
+    assert rows < 60 and frame < 500
+    me.until("[...document.querySelectorAll('.image-row .c-name b')].some(b => b.textContent === 'S-299-009')")
+    page.get_by_label("Search name, serial or group").fill("S-123-004")
+    me.until("document.querySelectorAll('.image-row').length === 1")
+    page.get_by_label("Search name, serial or group").fill("")
+    me.go("/review/2501")
+    me.until("document.querySelector('.scores h1')?.textContent === 'S-250-000'")
+    me.press("ArrowRight")
+    me.until("document.querySelector('.scores h1')?.textContent === 'S-250-001'")
+    me.context.close()
 
 
 # ------------------------------------------------------------------------------------------ the build

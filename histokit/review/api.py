@@ -213,8 +213,7 @@ def _guarded(role):
 def _add_route(app, route):
     from fastapi import APIRouter
     router = APIRouter(route_class=_guarded(route.role))
-    statuses = (400, 403, 422) if not route.role else (400, 401, 403, 404, 409, 422)
-    answers = {n: dict(model=forms.Problem) for n in (*statuses, 413, 429, 503)}
+    answers = {n: dict(model=forms.Problem) for n in (400, 401, 403, 404, 409, 413, 422, 429, 503)}
     more = dict(openapi_extra=_FORM) if route.path == "/api/uploads" else {}
     more |= _no_json(route.answer, answers) if isinstance(route.answer, str) else dict(response_model=route.answer)
     name = route.function.__name__.strip("_")

@@ -9,6 +9,9 @@ import { Button } from './ui'
 const TILE = 254
 const OVERLAP = 1
 
+/** Whether the server has the picture's file: one that came from an export alone has no state. */
+const readable = (item: Item) => Boolean(item.width && item.height && item.status)
+
 const version = (item: Item) => (item.sha256 ? `v=${item.sha256.slice(0, 8)}` : '')
 
 function tileSource(item: Item): OpenSeadragon.TileSourceOptions & { getTileUrl: unknown } {
@@ -76,9 +79,9 @@ export function Viewer({ item, map, mapMeasure, onMap, hasModel }: Props) {
 
   useEffect(() => {
     trouble.value = ''
-    if (item.width && item.height) viewer.current?.open(tileSource(item) as never)
-    else { viewer.current?.close(); trouble.value = 'The picture has not been read yet.' }
-  }, [item.id, item.width, item.height, item.sha256])
+    if (readable(item)) viewer.current?.open(tileSource(item) as never)
+    else { viewer.current?.close(); trouble.value = 'The picture’s file is not in this study; upload it to see it.' }
+  }, [item.id, readable(item), item.sha256])
 
   useEffect(() => {
     const canvas = (viewer.current?.drawer as unknown as { canvas?: HTMLElement })?.canvas
@@ -87,7 +90,7 @@ export function Viewer({ item, map, mapMeasure, onMap, hasModel }: Props) {
 
   useEffect(() => {
     const v = viewer.current
-    if (!v || !map || !mapMeasure || !item.width || !item.height) return
+    if (!v || !map || !mapMeasure || !readable(item)) return
     const image = document.createElement('img')
     image.src = `/api/images/${item.id}/map.png?measure=${encodeURIComponent(mapMeasure)}&${version(item)}`
     image.alt = ''
@@ -166,11 +169,11 @@ function Range({ label, value, low, high }: { label: string; value: { value: num
 
 /** Fetches the first tiles of an image that comes next, so that it stands at once. */
 export function warm(item: Item): void {
-  if (!item.width || !item.height) return
+  if (!readable(item)) return
   const { maxLevel, getTileUrl } = tileSource(item) as { maxLevel: number; getTileUrl: (l: number, x: number, y: number) => string }
   const level = Math.min(maxLevel, 10)
   const shrink = 2 ** (maxLevel - level)
-  const [columns, rows] = [item.width, item.height].map((n) => Math.ceil(n / shrink / TILE)) as [number, number]
+  const [columns, rows] = [item.width!, item.height!].map((n) => Math.ceil(n / shrink / TILE)) as [number, number]
   for (const l of [0, 7, 8, 9]) if (l < level) new Image().src = getTileUrl(l, 0, 0)
   for (let y = 0; y < rows; y++) for (let x = 0; x < columns; x++) new Image().src = getTileUrl(level, x, y)
 }

@@ -1,5 +1,5 @@
 // The narrow list beside the picture: where one is, what is scored, what is not.
-import { thumb } from './api'
+import { api, thumb } from './api'
 import { overlaid } from './outbox'
 import { idAt, idAtRow, known, loaded, rowOf, total, want } from './rows'
 import { complete, missing } from './scores'
@@ -8,10 +8,12 @@ import { Button, Icon } from './ui'
 import { Virtual } from './virtual'
 import { Quick } from './filters'
 
-/** The image one row further in the list, or null at its end. */
+/** The image one row further in the list, or null at its end; by name where the list has not been read that far. */
 export async function neighbour(id: number, by: 1 | -1): Promise<number | null> {
   const row = rowOf(id)
-  return idAtRow(row < 0 ? 0 : row + by)
+  if (row >= 0) return idAtRow(row + by)
+  const next = await api.next(id, by > 0 ? 'next' : 'previous', 'any').catch(() => null)
+  return next?.id ?? null
 }
 
 export function Progress({ id }: { id: number }) {

@@ -51,7 +51,7 @@ def scaled(
     out = F.interpolate(around, (height, width), mode="bilinear", align_corners=False).reshape(image.shape)
     return out.to(image.dtype) if image.is_floating_point() else out.round().to(image.dtype)
 
-# %% ../../nbs/learn/views.ipynb #7e8e3524
+# %% ../../nbs/learn/views.ipynb #06ded4fe
 @dataclass(frozen=True)
 class View:
     "A named function of pictures (..., H, W)."
@@ -67,7 +67,8 @@ _D = tuple(View(name, partial(dihedral, k=k)) for k, name in enumerate(_TURNS))
 _CENTRE = View("centre", crop)
 _CORNERS = tuple(View(f"{v}_{h}", partial(crop, y=y, x=x)) for y, v in enumerate(("top", "bottom"))
     for x, h in enumerate(("left", "right")))
-_SCALES = (View("nearer", scaled), View("nearest", partial(scaled, share=.75)), View("farther", partial(scaled, share=1.125)))
+_SCALES = (View("nearer", scaled), View("nearest", partial(scaled, share=.75)),
+    View("farther", partial(scaled, share=1.125)))
 
 VIEWS = {                                   # name of a list -> its views
     "none": _D[:1],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_predictions', 'check_smoothing', 'check_submission_file']
 
-# %% ../../nbs/spots/check_predictions.ipynb #8a335de7
+# %% ../../nbs/spots/check_predictions.ipynb #df022bad
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 from ..core.checks import attempt, error, located, note, warning
 from ..core.submission import NO_Z_SCORES, Z_SCORES, check_submission, looks_standardised, read_submission
 from ..learn.scores import row_ranks
+from .check_rows import check_against_data
 
 # %% ../../nbs/spots/check_predictions.ipynb #1da237c1
 def _variety_findings(values):
@@ -84,7 +85,7 @@ def check_smoothing(
         return [error("one slide's predictions change another's", "smooth each slide for itself", where)]
     return []
 
-# %% ../../nbs/spots/check_predictions.ipynb #2f993593
+# %% ../../nbs/spots/check_predictions.ipynb #11e44448
 def check_submission_file(
     path,                # a CSV
     factory,             # DataFactory of the file it answers
@@ -95,4 +96,6 @@ def check_submission_file(
     table = attempt(out, where, read_submission, path)
     if table is None: return out
     attempt(out, where, check_submission, table, n, factory.targets, where)
-    return out or check_predictions(table[factory.targets].to_numpy(float), where)
+    if out: return out
+    values = table[factory.targets].to_numpy(float)
+    return check_predictions(values, where) + check_against_data(values, factory, where)

@@ -42,7 +42,7 @@ from .network import create_model, save_model
 from .patches import Augmentation, HESpotDataset, PatchSampler, normalised_coords, patch_size
 from .results import open_stage
 from .settings import TrainingSettings
-from .slide_heads import KrigingHead, NeighbourHead, PlainHead, keep_slide_head
+from .slide_heads import KrigingHead, NeighbourHead, PlainHead, keep_slide_head, rank_share
 from .splits import check_split, fold_rows, inner_split, is_divided, slide_blocks
 from .targets import TargetTransform
 
@@ -103,6 +103,12 @@ class SpotData:
         "(training spots,) the name of what is left out as a whole: the slide, or a block of it."
         if not self.divided: return self.train.slide.to_numpy(str)
         return np.array([f"{slide}, block {k}" for slide, k in zip(self.train.slide, self.fold)])
+
+    @property
+    def lattice(self)->str:
+        "hex, square or unknown: how the spots of most training slides lie."
+        kinds = [self.factory.slides[name].lattice for name in self.factory.names("Train")]
+        return max(sorted(set(kinds)), key=kinds.count)
 
     @property
     def held_together(self)->str:
@@ -341,7 +347,8 @@ class FrozenHead:
         settings = replace(self.kriging, within_slides=within)
         fit = krige_fold(self.similar, values, train, out, unit=units, settings=settings)
         chosen = dict(candidate=fit.candidate, penalty=float(np.median(fit.penalties)), level=fit.level)
-        return self._fitted(TargetTransform("rank").fit(values[train]), fit.answer[None], train, fit.inner, chosen)
+        answer, inner = rank_share(fit.answer), rank_share(fit.inner)
+        return self._fitted(TargetTransform("rank").fit(values[train]), answer[None], train, inner, chosen)
 
 # %% ../../nbs/spots/crossval.ipynb #4d2f79bc
 def _median(values):
@@ -356,12 +363,13 @@ def describe_training(
     "What a new slide has to know of a training."
     s, factory, first = data.settings, data.factory, min(data.folds())
     train = [factory.slides[name] for name in factory.names("Train")]
-    scale, kinds = _median([i.um_per_px for i in train]), [i.lattice for i in train]
+    scale, pitch = _median([i.um_per_px for i in train]), _median([i.pitch_px * i.um_per_px for i in train])
     sizes = [s.patch_px * scale if s.patch_px else s.patch_um, *s.sizes_um[1:]]
     sides = {name: [side[name] for side in data.sizes] for name in factory.names("Test")}
-    return KeptRun(s.method, data.names, list(factory.cell_types), sizes, s.input_px, scale,
-        _median([i.pitch_px * i.um_per_px for i in train]), max(set(kinds), key=kinds.count),
-        run.json(f"folds/{first}/config.json")["extra"]["target"], factory.names("Train"), sides, **more)
+    target = run.json(f"folds/{first}/config.json")["extra"]["target"]
+    return KeptRun(s.method, data.names, list(factory.cell_types), sizes_um=sizes, input_px=s.input_px,
+        um_per_px=scale, pitch_um=pitch, lattice=data.lattice, target=target,
+        slides=factory.names("Train"), sides=sides, **more)
 
 def keep_for_slides(
     run: RunFolder, data: SpotData,

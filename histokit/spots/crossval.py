@@ -232,7 +232,8 @@ class EncodedSpots:
         levels = numbers(settings.stages, "stages", int)
         self.encoder = Stages(self.model, levels, spread=True, final=True) if levels else self.model
         every = data.dataset(np.arange(len(data.spots)))
-        self.views = cached_features(self.encoder, every, settings.views, cache, prepared=stain, device=settings.device,
+        done = stain and {name: value for name, value in stain.items() if name != "measured"}
+        self.views = cached_features(self.encoder, every, settings.views, cache, prepared=done, device=settings.device,
             workers=settings.workers, amp=settings.amp)                  # one (n, D) array a view
         self.mean = mean_view(self.views)
         self.blocks = self.encoder.blocks(self.mean) if levels else [self.mean]

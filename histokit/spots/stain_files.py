@@ -321,4 +321,5 @@ def write_stain(
         engines = {h5[p].attrs["engine"] for p in slide_paths(h5, spots=False).values()}
     value = dict(method=settings.stain_method, engine=engines.pop(), **about) | summarise_slides(found)
     if normaliser := run.json_or(_NORMALISER): value["normaliser"] = normaliser
+    value["measured"] = {name: slide["report_before"] for name, slide in found.items()}
     run.write_json("stain.json", value | dict(slides=reports))

@@ -73,7 +73,7 @@ def read_answered(
     coords = normalised_coords(spots)[order]
     return Answered(run, factory, train, test, coords, train[names].to_numpy(), held_out, submitted, apart)
 
-# %% ../../nbs/spots/run_figures.ipynb #d998c334
+# %% ../../nbs/spots/run_figures.ipynb #fa4b2f73
 def telling_types(
     true,            # (n, T)
     n: int = 3,
@@ -113,26 +113,36 @@ def show_type_maps(
     info, picture = answered.factory.slides[slide], np.asarray(thumbnail(answered.factory, slide, 260, dots=False))
     rows = [_map_values(answered, t, slide) for t in types]
     columns = len(rows[0][1])
-    high = 2. * info.height / info.width
-    fig, axes = plt.subplots(len(rows), columns, figsize=(2.3 * columns, (high + .35) * len(rows)), squeeze=False)
-    fig.subplots_adjust(left=.03, right=.97, top=.93, bottom=.02, wspace=.18, hspace=.08)
-    for t, line, (xy, maps) in zip(types, axes, rows):
-        line[0].set_ylabel(str(answered.types[t])[:24], fontsize=8)
-        for ax, (title, of) in zip(line, maps.items()): _draw_map(fig, ax, picture, info, xy, *of)
-    for ax, title in zip(axes[0], rows[0][1]): ax.set_title(title, fontsize=9)
+    size = 2.1 * columns, 2.1 * info.height / info.width * len(rows) + .6
+    fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    fig.subplots_adjust(left=.05, right=.99, top=1 - .25 / size[1], bottom=.35 / size[1], wspace=.04, hspace=.04)
+    drawn = np.empty(axes.shape, object)
+    for i, (t, (xy, maps)) in enumerate(zip(types, rows)):
+        axes[i, 0].set_ylabel(str(answered.types[t])[:24], fontsize=8)
+        for j, of in enumerate(maps.values()): drawn[i, j] = _draw_map(axes[i, j], picture, info, xy, *of)
+    for title, ax, below, dots in zip(rows[0][1], axes[0], axes[-1], drawn.T): _draw_scale(fig, title, ax, below, dots)
     return fig
 
-def _draw_map(fig, ax, picture, info, xy, values, colours, limits):
-    "Spots in colour over a pale slide, with a scale."
+def _draw_map(ax, picture, info, xy, values, colours, limits):
+    "Spots in colour over a pale slide."
     ax.imshow(picture, extent=(-.5, info.width - .5, info.height - .5, -.5), alpha=.4)
     ax.set(xticks=[], yticks=[])
     size = .9 * info.pitch_px if np.isfinite(info.pitch_px) else max(info.width, info.height) / 60
-    limits = limits or (values.min(), max(values.max(), values.min() + 1e-9))
-    dots = draw_spots(ax, xy, size, array=values, cmap=colours, clim=limits, lw=0)
-    bar = fig.colorbar(dots, ax=ax, fraction=.04, pad=.02)
-    bar.ax.tick_params(labelsize=7, length=2)
+    return draw_spots(ax, xy, size, array=values, cmap=colours, clim=limits or (None, None), lw=0)
 
-# %% ../../nbs/spots/run_figures.ipynb #6cda2a92
+def _draw_scale(fig, title, ax, below, dots):
+    "The title of a column, and one scale for all its maps."
+    arrays = np.concatenate([d.get_array() for d in dots])
+    low, high = dots[0].norm.vmin, dots[0].norm.vmax
+    if title == "uncertainty": low, high = arrays.min(), max(arrays.max(), arrays.min() + 1e-9)
+    for d in dots: d.set_clim(low, high)
+    ax.set_title(title, fontsize=9)
+    box = below.get_position()
+    place = fig.add_axes((box.x0, box.y0 * .72, box.width, box.y0 * .12))
+    bar = fig.colorbar(dots[0], cax=place, orientation="horizontal")
+    bar.ax.tick_params(labelsize=7, length=2, pad=1)
+
+# %% ../../nbs/spots/run_figures.ipynb #e4333dea
 def rank_calibration(
     pred, true,      # (n, T)
     bins: int = 12,
@@ -157,11 +167,11 @@ def show_calibration(pred, true):
     import matplotlib.pyplot as plt
     table = rank_calibration(pred, true)
     fig, ax = plt.subplots(figsize=(3.2, 2.8))
-    fig.subplots_adjust(left=.17, bottom=.17, right=.97, top=.9)
+    fig.subplots_adjust(left=.17, bottom=.18, right=.97, top=.9)
     ax.plot([0, 1], [0, 1], ":", c=".4", lw=1)
     ax.fill_between(table.predicted, table.low, table.high, alpha=.2, lw=0)
     ax.plot(table.predicted, table.true, ".-")
-    ax.set(xlabel="predicted rank in the spot (0 least, 1 most)", ylabel="true rank, mean")
+    ax.set(xlabel="predicted rank (0 least, 1 most)", ylabel="true rank, mean")
     ax.set_title(f"{calibration_slope(pred, true):.0%} of a predicted difference comes true", fontsize=9)
     return fig
 

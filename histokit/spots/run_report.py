@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lead_sentences', 'report_parts', 'write_run_report']
 
-# %% ../../nbs/spots/run_report.ipynb #d4cb94a1
+# %% ../../nbs/spots/run_report.ipynb #8fbc3ea1
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from ..core.checks import Finding, html_findings
 from ..core.files import write_text
 from ..core.page import Html, escaped, html_figure, html_gallery, html_table, page
 from ..core.runs import RunFolder
-from .colocalisation import colocalise, find_niches, show_colocalisation, show_niches
+from .colocalisation import colocalise, find_niches, level_free, show_colocalisation, show_niches
 from .contributions import contributions
 from histokit.spots.run_figures import (
     Answered, calibration_slope, median_slide, read_answered, show_calibration, show_type_maps, spot_pictures,
     telling_types, worst_rows)
 from .uncertainty import show_spread, spread_verdict
 
-# %% ../../nbs/spots/run_report.ipynb #ecb1d3c7
+# %% ../../nbs/spots/run_report.ipynb #3c41fa10
 def _interval(row):
     "A score with its interval."
     known = row["low"] is not None and np.isfinite(row["low"])
@@ -41,11 +41,12 @@ def lead_sentences(
 )->list:
     "What was learnt from, what was answered, and how well."
     train, test, rung = answered.train, answered.test, _used_rung(metrics)
+    others = test.slide.nunique()
     constants = [r["per_spot"] for r in metrics["oof"] if r.get("kind") == "constant"]
     best = max(constants, default=np.nan)
     word = "above" if rung["low"] is not None and rung["low"] > best else "not surely above"
     said = [f"{len(train)} spots of {train.slide.nunique()} slides with {len(answered.types)} cell types were learnt "
-        f"from, and {len(test)} spots of {test.slide.nunique()} further slides answered.",
+        f"from; {len(test)} spots of {others} other slide{'s' * (others != 1)} were answered.",
         f"Answers for slides that were not learnt from score {_interval(rung)}: the mean Spearman correlation within "
         f"a spot, 1 for a perfect order of its types. That is {word} the best constant, {best:.3f}, which looks at "
         "no picture."]
@@ -57,7 +58,7 @@ def lead_sentences(
     if metrics.get("budget"): said.append(f"{metrics['budget'][0].upper()}{metrics['budget'][1:]}.")
     return said
 
-# %% ../../nbs/spots/run_report.ipynb #f846e1c3
+# %% ../../nbs/spots/run_report.ipynb #a2ced1cb
 def _said(*sentences): return Html("".join(f"<p>{escaped(s)}</p>" for s in sentences if s))
 
 def _drawn(figure, caption):
@@ -85,10 +86,10 @@ def _score_part(answered, metrics):
     "The ladders as pictures and tables."
     run, parts = answered.run, []
     caption = "Held-out training spots, with 95 % intervals over slides; what is grey needs no model"
-    parts += [_kept(run, "oof_ladder", caption), html_table(_ladder_rows(metrics["oof"]), stacked=True)]
+    parts += [_kept(run, "oof_ladder", caption), _folded("as a table", _ladder_rows(metrics["oof"]))]
     if metrics.get("test"):
         parts += [_kept(run, "test_ladder", "Test spots, against their hidden truth"),
-            html_table(_ladder_rows(metrics["test"]), stacked=True)]
+            _folded("as a table", _ladder_rows(metrics["test"]))]
     return Html("".join(parts))
 
 def _training_part(answered):
@@ -115,7 +116,7 @@ def _maps_part(answered, n=3):
     if len(answered.test):
         name = answered.test.slide.iloc[0]
         caption = f"{name}, a test slide, whose truth is not known here"
-        parts.append(_drawn(show_type_maps(answered, types, name), caption))
+        parts.append(_drawn(show_type_maps(answered, types[:2], name), caption))
     return Html("".join(parts))
 
 def _doubt_part(answered, metrics):
@@ -142,7 +143,8 @@ def _together_part(answered, shifts=99):
     "Which types are predicted together and apart, and niches."
     spots, amounts = answered.train, answered.held_out
     found = colocalise(amounts, spots, answered.types, shifts)
-    truly = colocalise(answered.true, spots, answered.types, 1).r
+    true = level_free(answered.true, spots.slide)
+    truly = true.T @ true
     upper = np.triu_indices(len(found.r), 1)
     agree = float(np.corrcoef(found.r[upper], truly[upper])[0, 1]) if len(upper[0]) > 2 else np.nan
     niches, called = find_niches(amounts, answered.types), int(found.called[upper].sum())

@@ -49,7 +49,7 @@ def spread_verdict(
 
 def _limit(value): return "–" if value is None or not np.isfinite(value) else f"{value:+.2f}"
 
-# %% ../../nbs/spots/uncertainty.ipynb #ba6b5ee2
+# %% ../../nbs/spots/uncertainty.ipynb #dd69eb24
 def show_spread(
     spread, pred, true,      # (n, T) each
     bins: int = 10,
@@ -61,10 +61,12 @@ def show_spread(
     off = np.abs(row_ranks(pred) - row_ranks(true)) / max(types - 1, 1)
     _draw_bins(axes[0], np.mean(spread, 1), spearman_rows(pred, true), bins, "C0")
     _draw_bins(axes[1], np.ravel(spread), off.ravel(), bins, "C1")
-    axes[0].set(xlabel="spread of a spot, mean over types", ylabel="per-spot Spearman")
-    axes[1].set(xlabel="spread of a type in a spot", ylabel="rank is off by, as a share")
-    axes[0].set_title("Spots: falls where the spread says something", fontsize=9)
-    axes[1].set_title("Types: rises where it does", fontsize=9)
+    said = [("spread of a spot, mean over types", "per-spot Spearman", "Spots: an uncertainty makes it fall"),
+        ("spread of a type in a spot", "rank is off by (share)", "Types: an uncertainty makes it rise")]
+    for ax, (x, y, title) in zip(axes, said):
+        ax.set_xlabel(x, fontsize=8)
+        ax.set_ylabel(y, fontsize=8)
+        ax.set_title(title, fontsize=9)
     return fig
 
 def _draw_bins(ax, x, y, bins, colour):

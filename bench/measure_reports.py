@@ -6,8 +6,9 @@ REAL is a folder with cxr/iu_reports.csv.gz (columns uid, findings, impression, 
 tb and notes.
 verdicts: the verdict of reports against their own MeSH terms. The lexicon was tuned on reports with an even number; the
 others are the test. Reports that nobody has indexed are left out. A text of verdict uncertain is not normal.
+notes: how notes of physicians are read; all of these pictures show a disease.
 The others: a classifier of the recipe image_probe is worded as `findings`, every labelled picture by folds that saw
-nothing of its patient, and its drafts are scored; those of notes also against the notes of physicians."""
+nothing of its patient, and its drafts are scored."""
 import argparse
 import tempfile
 from pathlib import Path
@@ -78,8 +79,7 @@ def show_drafts(name, folder, home):
     pictures = PictureSettings(patient_pattern=PATTERNS.get(name, ""))
     metrics = run_classification(run, stage_pictures(run, str(folder), pictures), PROBE, say=lambda line: None)
     print(f"classifier: AUC {metrics['auc']['value']:.3f}")
-    reference = "text" if name == "notes" else ""
-    settings = ReportSettings(prompts="clinical_brief", images=0, reference=reference)
+    settings = ReportSettings(prompts="clinical_brief", images=0)
     row, = write_reports(run/"reports", run, settings, say=lambda line: None)["prompts"]
     print("\n".join(prompt_sentences(row)))
 
@@ -95,11 +95,9 @@ def main():
             path = ask.real/"cxr"/("iu_reports.csv.gz" if name == "verdicts" else name)
             print(f"\n== {name}" + ("" if path.exists() else f": {path} is not here; skipped"))
             if not path.exists(): continue
-            if name == "verdicts":
-                show_verdicts(path, ask.show)
-                continue
-            if name == "notes": show_notes(path)
-            show_drafts(name, path, Path(home))
+            if name == "verdicts": show_verdicts(path, ask.show)
+            elif name == "notes": show_notes(path)
+            else: show_drafts(name, path, Path(home))
 
 
 if __name__ == "__main__": main()

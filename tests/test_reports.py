@@ -1,6 +1,8 @@
 """What reports say, how drafts are scored, and that every way of writing them is refused or kept in one line."""
 import json
 import shutil
+import sys
+import types
 
 import numpy as np
 import pandas as pd
@@ -279,6 +281,23 @@ def test_texts_of_others_are_scored_against_references(described, tmp_path):
     assert {"reference", "finding_f1", "rouge_l"} <= set(table) and len(table) == 12
     text = (tmp_path/"out"/"task2_report_generation.md").read_text()
     assert "Against 6 reference texts" in text and "sentences that they read differently" in text
+
+
+def test_another_scorer_is_asked_where_it_is_installed(described, tmp_path, monkeypatch):
+    "A stand-in for CheXbert; one that is missing, or that fails, is one line, and the drafts are kept."
+    ask = [described[0], "-o", tmp_path/"out", "--texts", described[1], "--reference", "note", "--json"]
+    missing = draft(*ask, "--scorers", "radeval")
+    assert missing.exit_code == 1 and "pip install RadEval" in missing.stderr and not (tmp_path/"out").exists()
+    words = lambda **options: lambda hyps, refs: (sum(len(t.split()) for t in hyps) / len(refs), [])
+    monkeypatch.setitem(sys.modules, "f1chexbert", types.SimpleNamespace(F1CheXbert=words))
+    said = draft(*ask, "--scorers", "chexbert")
+    assert [p["chexbert"] for p in json.loads(said.stdout)["prompts"]] == [4, 6]
+    assert "chexbert" in (tmp_path/"out"/"report.html").read_text()
+    def broken(**options): raise OSError("no weights")
+    monkeypatch.setitem(sys.modules, "f1chexbert", types.SimpleNamespace(F1CheXbert=broken))
+    failed = draft(*ask, "--scorers", "chexbert")
+    assert failed.exit_code == 1 and "the scorer chexbert failed (OSError: no weights)" in failed.stderr
+    assert len(list((tmp_path/"out"/"drafts").iterdir())) == 6
 
 
 def test_a_text_is_never_made_up(described, tmp_path):

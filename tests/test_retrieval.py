@@ -300,6 +300,27 @@ def test_memory_that_runs_out_is_one_line(folder, embedder, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="shapes differ"): embedder.pictures([np.zeros((9, 9), np.uint8)])
 
 
+def test_memory_that_runs_out_is_said_by_the_command_and_nothing_is_lost(folder, index, tmp_path, monkeypatch):
+    "Neither the index that is asked, nor what was embedded before: built again, it goes on."
+    before, done = {p.name: p.read_bytes() for p in index.folder.iterdir()}, []
+    whole = embedders._Pooled.forward
+    def full(self, image):
+        done.append(len(image))
+        if len(done) > 2: raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return whole(self, image)
+    monkeypatch.setattr(embedders._Pooled, "forward", full)
+    new = ("build", folder, "-o", tmp_path/"new", "--embedder", RANDOM, "--batch", 4)
+    assert "out of memory while embedding pictures: give a smaller batch than 4" in refused(*new)
+    draw(tmp_path/"other.png", 77)
+    assert "out of memory" in refused("image", index.folder, tmp_path/"other.png")
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in index.folder.iterdir()} == before
+    asked, pictures = [], embedders.Embedder.pictures
+    monkeypatch.setattr(embedders.Embedder, "pictures", lambda self, i: asked.extend(i) or pictures(self, i))
+    assert search(*new).exit_code == 0 and len(FolderGallery(tmp_path/"new")) == 12
+    assert sum(image.shape != (64, 64, 3) for image in asked) < 12
+
+
 def test_damaged_pictures_are_left_out_and_named(folder, tmp_path):
     (folder/"a"/"person0_0.png").write_bytes(b"torn")
     made = search("build", folder, "-o", tmp_path/"new", "--embedder", RANDOM)

@@ -21,6 +21,7 @@ from .drafting import ReportSettings, check_generator, open_generator, write_dra
 from .generators import is_text_table
 from .lexicon import read_lexicon
 from .look import draw_prompts, draw_report_cards, report_page
+from .overlap import open_scorer
 from .prompts import read_prompts
 from .scoring import prompt_sentences, report_sentences, score_drafts, score_prompts
 from .vision_language import VLM_MODELS
@@ -37,7 +38,7 @@ def write_reports(
 )->dict:                         # prompts: rows of `score_prompts`; drafts: their number; generator
     "Drafts of a source with all that belongs to them: table, sentences, figures, page."
     folder, lexicon, found = Path(folder), read_lexicon(settings.lexicon), find_cases(source, settings.reference)
-    if not is_text_table(settings.generator): read_prompts(settings.prompts_file, settings.prompts)  # before a model
+    _check_named(settings)
     generator = open_generator(settings, source)
     prompts = generator.prompts(settings.prompts_file, settings.prompts)
     cases = sample_cases(generator.cases(found), settings.images, settings.seed)
@@ -49,6 +50,11 @@ def write_reports(
     metrics = dict(prompts=by_prompt.to_dict("records"), drafts=len(scored), generator=generator.identity())
     write_json(folder/"metrics.json", metrics)
     return metrics
+
+def _check_named(settings):
+    "Raise `BadInput` for prompts and scorers that cannot be had, before a model is loaded."
+    if not is_text_table(settings.generator): read_prompts(settings.prompts_file, settings.prompts)
+    for name in settings.others: open_scorer(name)
 
 def _write_all(folder, cases, scored, by_prompt, about, lexicon):
     "Table, sentences, figures and page, each whole or not at all."
@@ -74,7 +80,7 @@ def prepare(
 )->tuple:                 # the same; bytes that the run will write
     "Raise `BadInput` unless there are pictures to learn from, prompts, and a generator that can be had."
     settings = settings_from(ReportSettings, {n: v for params in ask.values() for n, v in params.items()})
-    if not is_text_table(settings.generator): read_prompts(settings.prompts_file, settings.prompts)
+    _check_named(settings)
     read_lexicon(settings.lexicon)
     check_generator(settings.generator)
     ask, size = pictures_task.prepare(ask.put(**_whole_paths(settings)), run)

@@ -18,8 +18,10 @@ def write_svs(path, pixels):
     "Aperio: a TIFF of tiles with a line of text in it."
     text = f"Aperio Image Library v11\r\n[0,0 9x9] (256x256)|AppMag = 20|MPP = {UM}"
     with tifffile.TiffWriter(path) as file:
-        for level in levels(pixels):
-            file.write(level, tile=(256, 256), compression="lzw", photometric="rgb", description=text, metadata=None)
+        how = dict(compression="lzw", photometric="rgb", description=text, metadata=None)
+        for i, level in enumerate(levels(pixels)):
+            file.write(level, tile=(256, 256), **how)
+            if i == 0: file.write(pixels[::16, ::16], rowsperstrip=16, **how)        # the thumbnail comes second
     return path
 
 

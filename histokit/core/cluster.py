@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['over_cluster']
 
-# %% ../../nbs/core/cluster.ipynb #8cda8814
+# %% ../../nbs/core/cluster.ipynb #29e2563e
 import contextlib, importlib, logging
 
-from .processes import Job, find_function, without_main
+from .processes import find_function, without_main
 from .text import BadInput, one_line
 
 # %% ../../nbs/core/cluster.ipynb #1fb26ec1

@@ -29,7 +29,7 @@ def _openslide():
     try: return importlib.import_module("openslide")
     except (ImportError, OSError): return None
 
-# %% ../../nbs/core/wsi.ipynb #b9edac9f
+# %% ../../nbs/core/wsi.ipynb #b2ed899e
 @contextlib.contextmanager
 def _scanner_errors(path):
     "What OpenSlide raises in the block becomes a `BadInput`."
@@ -76,8 +76,8 @@ def open_scanner_file(
         raise BadInput(f"{what}: pip install openslide-python openslide-bin, or save it as a tiled TIFF")
     with _scanner_errors(path):
         if _openslide().OpenSlide.detect_format(path) is None:
-            mend = "is it complete, with the files that belong beside it? copy it again"
-            raise BadInput(f"{path} is not what its ending {Path(path).suffix} says; {mend}")
+            what = f"{path} is damaged, cut off, or not what its ending {Path(path).suffix} says"
+            raise BadInput(f"{what}; copy it again, with the files that belong beside it")
     return _as_slide(path)
 
 def scanner_slide(

@@ -6,14 +6,14 @@
 __all__ = ['spot_tables', 'write_slide_h5ad', 'type_colours', 'write_geojson', 'changing_types', 'draw_type_maps', 'file_name',
            'slide_report', 'write_outputs']
 
-# %% ../../nbs/spots/slide_outputs.ipynb #ebecdf68
+# %% ../../nbs/spots/slide_outputs.ipynb #1a523c30
 import colorsys, json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core.files import atomic, make_dir, plain, save_figure, write_table, write_text
+from ..core.files import atomic, make_dir, write_table, write_text
 from ..core.page import Html, escaped, html_figure, html_table, page, png
 from ..learn.scores import row_ranks
 from .cards import draw_spots
@@ -54,7 +54,7 @@ def write_slide_h5ad(
     parts["uns"] = dict(spatial={p.name: picture_entry(image, p)}, familiar=known)
     return write_anndata(path, parts)
 
-# %% ../../nbs/spots/slide_outputs.ipynb #33048a90
+# %% ../../nbs/spots/slide_outputs.ipynb #6621b66e
 _CORNERS = 16        # of the polygon that stands for a circle
 
 def type_colours(
@@ -69,11 +69,11 @@ def _circle(x, y, radius):
     turn = np.arange(_CORNERS + 1) % _CORNERS * 2 * np.pi / _CORNERS
     return np.round(np.stack([x + radius * np.cos(turn), y + radius * np.sin(turn)], 1), 1).tolist()
 
-def _detection(p, i, types, colours, radius):
+def _detection(ring, amounts, types, colours):
     "A spot as a feature of GeoJSON, as QuPath reads and writes them."
-    t = int(np.argmax(p.values[i]))
-    geometry = dict(type="Polygon", coordinates=[_circle(*p.spots[["x", "y"]].iloc[i], radius)])
-    measured = {name: float(f"{v:.5g}") for name, v in zip(types, p.values[i].tolist())}
+    t = int(np.argmax(amounts))
+    geometry = dict(type="Polygon", coordinates=[ring])
+    measured = {name: float(f"{v:.5g}") for name, v in zip(types, amounts.tolist())}
     classed = dict(name=types[t], color=colours[t])
     about = dict(objectType="detection", classification=classed, measurements=measured)
     return dict(type="Feature", geometry=geometry, properties=about)
@@ -87,14 +87,14 @@ def write_geojson(
     types = [str(t).replace(":", " ") for t in p.cell_types]          # a colon divides classes in QuPath
     with atomic(path) as tmp, open(tmp, "w", encoding="utf-8") as out:
         out.write('{"type":"FeatureCollection","features":[')
-        for i in range(len(p.spots)):
-            feature = plain(_detection(p, i, types, colours, radius))
+        for i, (place, amounts) in enumerate(zip(p.spots[["x", "y"]].to_numpy(), p.values)):
+            feature = _detection(_circle(*place, radius), amounts, types, colours)
             text = json.dumps(feature, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
             out.write(",\n" * (i > 0) + text)
         out.write("]}\n")
     return Path(path)
 
-# %% ../../nbs/spots/slide_outputs.ipynb #31ade2fd
+# %% ../../nbs/spots/slide_outputs.ipynb #119e6e04
 def changing_types(
     values,          # (n, T) amounts
     most: int = 0,   # how many; 0 = all
@@ -107,7 +107,7 @@ def _map_axes(p, side):
     "A figure with the slide in grey, and its spots to be coloured."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(side, side * min(p.height / p.width, 2) * .86 + .5), layout="constrained")
+    fig = Figure(figsize=(side, side * min(p.height / p.width, 2) * .86 + .5), dpi=110, layout="constrained")
     FigureCanvasAgg(fig)
     ax = fig.subplots()
     draw_tissue(ax, shrink_picture(p.tissue.image, 900 / max(p.tissue.image.shape[:2])), p, alpha=.45)
@@ -130,7 +130,13 @@ def draw_type_maps(
         dots.set_array(p.values[:, t])
         dots.set_clim(low, max(high, low + 1e-12))
         ax.set_title(f"{p.cell_types[t]}, amount", fontsize=9)
+        if fig.get_layout_engine(): _settle_layout(fig)
         yield t, fig
+
+def _settle_layout(fig):
+    "Let the axes take their places once; they are the same for all types."
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")
 
 def file_name(
     text: str,           # a cell type
@@ -138,7 +144,7 @@ def file_name(
     "A name as a file may have it."
     return "".join(c if c.isalnum() or c in "-+" else "_" for c in text).strip("_") or "type"
 
-# %% ../../nbs/spots/slide_outputs.ipynb #eac5212d
+# %% ../../nbs/spots/slide_outputs.ipynb #43641933
 _VERDICTS = {"inside": ("", "The slide lies inside of what the run was trained on."),
     "at the edge": ("warning", "The slide lies at the edge of what the run was trained on; read its maps with care."),
     "outside": ("error", "The slide lies outside of what the run was trained on; its maps may mean nothing.")}
@@ -174,7 +180,7 @@ def slide_report(
 )->Html:
     "The page of a predicted slide, which needs no other file."
     drawn = draw_type_maps(p, changing_types(p.values, shown), 4)
-    gallery = Html("".join(html_figure(png(fig, 110), p.cell_types[t]) for t, fig in drawn))
+    gallery = Html("".join(html_figure(png(fig, fig.dpi), p.cell_types[t]) for t, fig in drawn))
     gallery = Html(f"<div class='pictures plot'>{gallery}</div>")
     count = f"{len(p.spots)} spots, {len(p.cell_types)} cell types, {p.tissue.mm2:.3g} mm² of tissue"
     lead = Html(f"<p class=facts>{count}</p>")
@@ -182,7 +188,7 @@ def slide_report(
         ("Cell types", html_table(_type_rows(p), stacked=True)), ("The slide", html_table(_facts(p), stacked=True))]
     return page(p.name, sections, lead)
 
-# %% ../../nbs/spots/slide_outputs.ipynb #06b3931b
+# %% ../../nbs/spots/slide_outputs.ipynb #f7e5861b
 def write_outputs(
     folder,                  # of the slide
     p: SlidePrediction,
@@ -193,6 +199,8 @@ def write_outputs(
     made = [write_table(folder/name, table) for name, table in spot_tables(p).items()]
     made += [write_slide_h5ad(folder/"spots.h5ad", p), write_geojson(folder/"spots.geojson", p)]
     for t, fig in draw_type_maps(p, changing_types(p.values, maps)):
-        made.append(save_figure(folder/"maps"/f"{t + 1:02d}_{file_name(p.cell_types[t])}.png", fig, 120))
-    made.append(write_text(folder/"report.html", slide_report(p)))
+        file = folder/"maps"/f"{t + 1:02d}_{file_name(p.cell_types[t])}.png"
+        with atomic(file) as tmp: tmp.write_bytes(png(fig, fig.dpi))
+        made.append(file)
+    made.append(write_text(folder/"report.html", slide_report(p, min(maps or 6, 6))))
     return [f.relative_to(folder).as_posix() for f in made]

@@ -263,6 +263,8 @@ def test_bad_files_are_refused_one_by_one_and_good_ones_kept(study, tmp_path):
     assert [a["name"] for a in answer["accepted"]] == ["\U0001F52C emoji.png", "S-2_Image001.png"]
     assert len(answer["refused"]) == len(bad)
     for told in answer["refused"]: assert "\n" not in told["why"] and str(tmp_path) not in told["why"] and told["why"]
+    why = {told["name"]: told["why"] for told in answer["refused"]}
+    assert "more pixels" in why["vast.tif"] and "in one piece of 768 MB" in why["one strip.tif"]
     assert list((study.store.folder/"incoming").iterdir()) == []
     assert not list(tmp_path.rglob("up.png"))
 

@@ -7,6 +7,7 @@ __all__ = ['ORDERS', 'NewFile', 'Registered', 'Person', 'ImageQuery', 'hides_dra
 
 # %% ../../nbs/review/store_images.ipynb #3473c8b1
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import sqlalchemy as sa
@@ -103,10 +104,18 @@ def _is_revealed(user_id):
 
 def _computed(person, study):
     "The columns that follow from events and jobs."
-    author, far = f"u{person.id}", _far(f"u{person.id}")
-    if hides_draft(study, person): far = sa.case((_is_revealed(person.id), far), else_=None)
+    return _columns_of(person.id, tuple(study.by_key), hides_draft(study, person))
+
+@lru_cache(256)      # to put such a query together takes longer than to ask it
+def _columns_of(user_id, keys, hides):
+    author, far = f"u{user_id}", _far(f"u{user_id}")
+    if hides: far = sa.case((_is_revealed(user_id), far), else_=None)
     status = sa.case((images.c.file == "", "Missing"), else_=sa.func.coalesce(_last_job(jobs.c.state), "Missing"))
-    return dict(done=_count_own(author, list(study.by_key)), far=far, status=status, flagged=_is_flagged())
+    return dict(done=_count_own(author, list(keys)), far=far, status=status, flagged=_is_flagged())
+
+@lru_cache(256)
+def _query_of_item(user_id, keys, hides):
+    return _with_columns(_columns_of(user_id, keys, hides)).where(images.c.id == sa.bindparam("image_id"))
 
 def hides_draft(study: StudySettings, person: Person)->bool:
     "Whether drafts are hidden from a person until that person has scored; a viewer, who never scores, sees them."
@@ -199,7 +208,8 @@ class ImagesPart(JobsPart):
         "One image as a dictionary."
         with self.reading() as c:
             study = self.settings_in(c)
-            row = c.execute(_with_columns(_computed(person, study)).where(images.c.id == image_id)).first()
+            query = _query_of_item(person.id, tuple(study.by_key), hides_draft(study, person))
+            row = c.execute(query, dict(image_id=image_id)).first()
             if row is None: raise NotThere(f"no image {image_id} in this study")
             return self._items(c, study, person, [row])[0]
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 import numpy as np
 
 from ..core.files import atomic, read_json, write_json
-from ..core.text import BadInput, some_of
+from ..core.text import BadInput
 from ..frozen.kept import read_arrays
 from ..tissue.dyes import degrees_between
 
@@ -186,6 +186,8 @@ class Familiarity:
         return np.mean([r.distance(p) for r, p in zip(self.references, parts)], 0)
 
 # %% ../../nbs/spots/familiar.ipynb #023619c8
+def _worst(verdicts): return max(verdicts, key=VERDICTS.index)
+
 def _look(kept, projected):
     "What the features say."
     away, limits = kept.distance(projected), Limits.of(kept.left_out.values())
@@ -193,7 +195,8 @@ def _look(kept, projected):
     found = float(np.median(away))
     verdict, times = limits.verdict(found), found / limits.typical
     farthest = f"{limits.largest / limits.typical:.2f} times for the farthest of {limits.units}"
-    reason = f"patches look {times:.2f} times as far from the training spots as is usual for a slide left out ({farthest})"
+    usual = f"as is usual for a slide left out ({farthest})"
+    reason = f"patches look {times:.2f} times as far from the training spots {usual}"
     beyond = float((away > limits.largest).mean())
     return dict(verdict=verdict, distance=found, typical=limits.typical, largest=limits.largest,
         far=limits.far, share_beyond=beyond, reason=reason)
@@ -207,8 +210,9 @@ def _stain(kept, report):
         return dict(verdict="outside", reason=f"stain: {report.get('reason') or 'could not be measured'}")
     away, names = _nearest_stain(report, known.values()), list(known)
     among = [_nearest_stain(known[n], [known[m] for m in names if m != n]) for n in names if len(names) > 1]
-    limits = [Limits.of([a[i] for a in among] or [0.], floor) for i, floor in enumerate((_LEAST_DEGREES, _LEAST_STRENGTH))]
-    verdict = max((lim.verdict(a) for lim, a in zip(limits, away)), key=VERDICTS.index)
+    columns = zip(*among) if among else ([0.], [0.])
+    limits = [Limits.of(c, floor) for c, floor in zip(columns, (_LEAST_DEGREES, _LEAST_STRENGTH))]
+    verdict = _worst(limit.verdict(a) for limit, a in zip(limits, away))
     said = f"dyes {away[0]:.1f} degrees and {np.expm1(away[1]):.0%} in strength from the nearest training slide"
     if kept.normalised and verdict == "outside": verdict, said = "at the edge", f"{said}, before they are normalised"
     return dict(verdict=verdict, degrees=float(away[0]), strength=float(away[1]),
@@ -235,7 +239,7 @@ def familiar(
     kept = predictor.familiarity
     parts = dict(features=_look(kept, answer.features), stain=_stain(kept, stain_measure),
         um_per_px=_scale(kept, um_per_px))
-    verdict = max((p["verdict"] for p in parts.values()), key=VERDICTS.index)
+    verdict = _worst(p["verdict"] for p in parts.values())
     order = sorted(parts.values(), key=lambda p: -VERDICTS.index(p["verdict"]))
     return dict(verdict=verdict, reasons=[f"{p['reason']}: {p['verdict']}" for p in order]) | parts
 

@@ -63,7 +63,8 @@ class KeptRun:
         _check_version(run, found)
         names = {f.name for f in fields(cls)}
         missing = sorted(names - set(found))
-        if missing: raise BadInput(f"{run/_KEPT} is damaged: {', '.join(missing)} missing; run its stage 03_train again")
+        if missing:
+            raise BadInput(f"{run/_KEPT} is damaged: {', '.join(missing)} missing; run its stage 03_train again")
         kept = cls(**{name: found[name] for name in names})
         unknown = {name: np.nan for name in ("um_per_px", "pitch_um") if found[name] is None}
         _check_files(run, kept.files)

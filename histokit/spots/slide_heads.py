@@ -141,7 +141,8 @@ class KrigingHead:
 
     def keep(self, folder, rows=None)->None:
         folder = make_dir(folder)
-        with atomic(folder/"training.safetensors") as tmp: save_file(dict(features=self.features, values=self.values), tmp)
+        arrays = dict(features=self.features, values=self.values)
+        with atomic(folder/"training.safetensors") as tmp: save_file(arrays, tmp)
         write_table(folder/"training.parquet", self.spots.astype(dict(slide=str, patient=str, unit=str)))
         about = dict(cuts=[int(c) for c in self.cuts], scales=self.scales, settings=asdict(self.settings))
         write_json(folder/"kriging.json", about)

@@ -31,7 +31,7 @@ def _tie_findings(values, least=.98):
     what = f"{share:.0%} of the values of a spot repeat another: ties, with which it can score {ceiling:.3f} at most"
     yield warning(what, "write more digits, and do not clip or round: only the order within a row counts")
 
-# %% ../../nbs/spots/check_rows.ipynb #55202c83
+# %% ../../nbs/spots/check_rows.ipynb #e90e743c
 def _uneven(sizes): return float(np.std(sizes) / max(np.mean(sizes), 1e-300))
 
 def _scaled_alike(values, train):
@@ -46,7 +46,7 @@ def _column_findings(values, train):
     if len(values) < 8 or types < 5 or usual.std() < .1 * types or not own.std(): return
     agree = float(spearman_rows(own[None], usual[None])[0])
     if _scaled_alike(values, train) or own.std() < .3 * usual.std():
-        what = "all columns are on one scale, as z-scores or values from 0 to 1 are; those of the training spots are not"
+        what = "all columns are on one scale, as z-scores or values from 0 to 1; those of the training spots are not"
         yield warning(what, "was each column scaled for itself? Invert that: it changes the order within a row")
     elif agree < .3:
         what = f"the types' usual order hardly agrees with the training spots' own: {agree:.2f}"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lead_sentences', 'report_parts', 'write_run_report']
 
-# %% ../../nbs/spots/run_report.ipynb #8fbc3ea1
+# %% ../../nbs/spots/run_report.ipynb #b568f01d
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import numpy as np
 from ..core.checks import Finding, html_findings
 from ..core.files import write_text
 from ..core.page import Html, escaped, html_figure, html_gallery, html_table, page
-from ..core.runs import RunFolder
 from .colocalisation import colocalise, find_niches, level_free, show_colocalisation, show_niches
 from .contributions import contributions
 from histokit.spots.run_figures import (

@@ -206,18 +206,16 @@ def kernels_submit(
     value = dict(competition=competition, submission=number, public=scored.public, private=scored.private)
     say(value | dict(expected=vars(expected) if expected else None), "\n".join([str(scored), *beside]), as_json)
 
-# %% ../nbs/cli_kernels.ipynb #401a4641
+# %% ../nbs/cli_kernels.ipynb #5fb16039
 def _packages_of(recipe):
-    "The packages of weights that a recipe installs."
-    from histokit.learn.encoders import weight_packages
-    from histokit.pipeline import find_recipe, read_recipe, resolve
-    values = resolve(read_recipe(find_recipe(recipe)))
-    return weight_packages(values.get("backbone", ""), values.get("weights", ""))
+    "The packages that a kernel of this recipe installs."
+    from histokit.kaggle_parts import parts_need, read_parts
+    return parts_need(read_parts(recipe))[0]
 
 @command(kernels, "wheels", "kernels wheels --recipe probe", waits=True)
 def kernels_wheels(
     packages: Annotated[Texts, typer.Argument(help="as pip takes them: name or name==version")] = None,
-    recipe: Annotated[str, typer.Option(help="also what this recipe's weights need")] = "",
+    recipe: Annotated[str, typer.Option(help="also what this recipe needs, or several with commas")] = "",
     dataset: Annotated[str, typer.Option(help="its name below your own")] = "histokit-wheels",
     minutes: Annotated[float, typer.Option(help="to wait until it is ready")] = 15.,
     every: _Every = 5., timeout: _Timeout = 60., as_json: Json = False):

@@ -255,7 +255,7 @@ def test_internet_follows_the_weights(tmp_path):
 def test_command_line(tmp_path, monkeypatch):
     "Build, then check: 1 while it has no owner, 0 when it has one; wrong input is one line."
     from typer.testing import CliRunner
-    from histokit.cli import app
+    from histokit.cli_kernels import app
     cli = lambda *args: CliRunner().invoke(app, ["kernels", *map(str, args)])
     monkeypatch.delenv("KAGGLE_USERNAME", raising=False)
     assert cli("build", tmp_path).exit_code == 0

@@ -572,7 +572,7 @@ def lose(kaggle): kaggle.loses = {"nothing_at_all-1.0-py3-none-any.whl"}
 WHEEL_FAILURES = {      # what is injected -> how, what the line says
     "never ready": (lambda k: setattr(k, "unpack", 999), "someone/histokit-wheels is not ready after 0.02 min"),
     "a file is lost": (lose, "lacks nothing_at_all-1.0-py3-none-any.whl"),
-    "upload refused": (lambda k: k.fault("PUT", 400, times=99), "lacks nothing_at_all-1.0-py3-none-any.whl"),
+    "upload refused": (lambda k: k.fault("PUT", 400, times=99), "nothing_at_all-1.0-py3-none-any.whl"),
     "refused": (lambda k: k.fault("CreateDataset", 400, message="Title is taken"), "refused (400): Title is taken"),
     "HTML for a reply": (lambda k: k.fault("CreateDataset", "html"), "perhaps a web page"),
     "empty reply": (lambda k: k.fault("CreateDataset", "empty"), "was not made: the reply is empty"),

@@ -1,4 +1,5 @@
 "The report of a run: what is in it, and how it looks on a desk, on a phone and in the dark."
+import html
 import json
 import re
 import shutil
@@ -24,7 +25,9 @@ def report(finished_run): return finished_run/"report.html"
 def text(report): return report.read_text(encoding="utf-8")
 
 
-def words(text): return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"src='[^']*'", "", text)))
+def words(text):
+    "What can be read on the page."
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"src='[^']*'", "", text))))
 
 
 def test_every_run_leaves_one_file_that_needs_no_other(report, text):

@@ -174,7 +174,7 @@ def loader(
     order = batch_rows(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return Batches(dataset, order, seed=seed, workers=workers)
 
-# %% ../../nbs/learn/batches.ipynb #17ea3f76
+# %% ../../nbs/learn/batches.ipynb #b127f0f9
 def to_device(
     inputs: dict,                  # of tensors
     device,
@@ -190,25 +190,31 @@ def predict_batches(
     batch_size: int = 64,
     device: str = "cpu",
     *,
-    view="identity",        # of each picture: a function, or the name of one of learn.views
+    view="identity",        # of each picture: a function, or the name of one of learn.views; or several, a tuple
     seed: int = 0,          # decides what the dataset draws
     workers: int = 0,
     amp = False,            # as for `pick_precision`
     encode: bool = False,   # the backbone's features instead of the answer
     part = slice(None),     # which of the batches
-):                          # gives (b, …) float32 answers and (b, …) targets, arrays
-    "The model's answer to each batch of a dataset, in the dataset's order."
+):                          # gives (b, …) float32 answers, of several views (b, V, …), and (b, …) targets
+    "The model's answer to each batch of a dataset, in the dataset's order; a batch is made once for all its views."
     model.to(device).eval()
-    change, precision = find_view(view), pick_precision(amp, device)
+    several, precision = isinstance(view, (tuple, list)), pick_precision(amp, device)
+    changes = [find_view(v) for v in (view if several else [view])]
     order = batch_rows(len(dataset), batch_size)[part]
     batches = Batches(dataset, order, seed=seed, workers=workers)
     for inputs, target in track(batches, "batches encoded" if encode else "batches predicted", len(order)):
         inputs = to_device(inputs, device)
-        seen = {k: change(v) for k, v in inputs.items() if k.startswith("image")}
-        function, given = (model.encode, seen) if encode else (model, inputs | seen)
-        yield call_float32(function, given, autocast(precision, device)).cpu().numpy(), target.numpy()
+        out = [_answer_view(model, inputs, change, encode, autocast(precision, device)) for change in changes]
+        yield np.stack(out, 1) if several else out[0], target.numpy()
 
-# %% ../../nbs/learn/batches.ipynb #76ef304a
+def _answer_view(model, inputs, change, encode, precision):
+    "The answer to one view of a batch."
+    seen = {k: change(v) for k, v in inputs.items() if k.startswith("image")}
+    function, given = (model.encode, seen) if encode else (model, inputs | seen)
+    return call_float32(function, given, precision).cpu().numpy()
+
+# %% ../../nbs/learn/batches.ipynb #6df9a134
 def _gather_in_turn(
     mine,     # what this process made of every n-th item
 )->list:      # what all processes made, in the order of the items
@@ -236,5 +242,5 @@ def predict_views(
     views="flips",          # a name of VIEWS, or a list of functions
     **kw,                   # for `predict`
 )->np.ndarray:              # (V, n, T); the first view is the picture itself
-    "The model's answers to several views of every item: test-time augmentation before the mean."
-    return np.stack([predict(model, dataset, view=v, **kw)[0] for v in find_views(views)])
+    "The model's answers to several views of every item, each item made once: test-time augmentation before the mean."
+    return np.ascontiguousarray(np.moveaxis(predict(model, dataset, view=find_views(views), **kw)[0], 1, 0))

@@ -6,7 +6,7 @@
 __all__ = ['WAYS_TO_COMBINE', 'rank_weights', 'combine', 'Combined', 'choose_combination', 'Members', 'read_members', 'Ensemble',
            'write_ensemble']
 
-# %% ../../nbs/spots/ensemble.ipynb #93809cb4
+# %% ../../nbs/spots/ensemble.ipynb #697d052e
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.files import make_dir
 from ..core.runs import RunFolder
-from ..core.submission import check_submission, write_submission
+from ..core.submission import write_submission
 from ..core.text import BadInput, choose
 from ..learn.bootstrap import paired_difference
 from ..learn.ladder import format_ladder
@@ -25,6 +25,7 @@ from .finish import reordered
 from .ladder import PER_SPOT, spot_ladder, standard_rungs
 from .lattice import neighbour_labels
 from .results import ROW_KEYS, check_same_data, read_run
+from .run_figures import submitted_amounts
 from .splits import slide_blocks
 
 # %% ../../nbs/spots/ensemble.ipynb #fdcd477c
@@ -91,7 +92,7 @@ def choose_combination(
     for k, chosen in by_fold.items(): answers["chosen"][fold == k] = answers[chosen][fold == k]
     return Combined(best(slice(None)), rank_weights(members, true), answers, by_fold)
 
-# %% ../../nbs/spots/ensemble.ipynb #c95f34b3
+# %% ../../nbs/spots/ensemble.ipynb #9d069834
 @dataclass(frozen=True)
 class Members:
     "Runs of the same data."
@@ -112,10 +113,7 @@ def _final_answers(run, result):
 
 def _test_answers(run, targets):
     "(m, T) a run's submission, checked against its own spots."
-    spots = run.table("spots.parquet", "00_data")
-    table, n = run.table("submission.csv", "04_tta_smoothing"), int(spots.split.eq("Test").sum())
-    check_submission(table, n, targets, f"{run.path}/submission.csv")
-    return table[targets].to_numpy()
+    return submitted_amounts(run, int(run.table("spots.parquet", "00_data").split.eq("Test").sum()), targets)
 
 def _check_test_spots(runs):
     "`BadInput` unless all runs answer the same test spots."

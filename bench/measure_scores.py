@@ -1,6 +1,6 @@
 """Train scorers on crops with ordinal scores, judge them on another slide, and score crops of another patient.
 
-    python bench/measure_scores.py FOLDER [--out scores.csv] [--threads 1] [--finetune] [--only NAME …]
+    python bench/measure_scores.py FOLDER [--out scores.csv] [--threads 1] [--finetune] [--only NAME …] [--table …]
 
 FOLDER holds scores.csv (path, split, slide, and a column for each measure, 0 to 3), train/ and test/. Everything is
 chosen on `train` alone, on slides left out in turn; `val` is looked at once, for the table. Its crops are of one slide,
@@ -36,7 +36,6 @@ TRIED = {
 FINAL = "+ a second encoder"
 TUNED = replace(PUBLISHED_SCORER, backbone="tf_efficientnet_lite0", weights="package", input_px=200, folds=4, epochs=15,
     patience=4, cuts="matched", views="flips")
-TUNING = {"fine-tuned": TUNED, "fine-tuned, stain of each slide": replace(TUNED, stain="macenko", stain_by="sample")}
 
 
 def read_scores(folder):
@@ -58,26 +57,36 @@ def measured(table, settings, file):
     return metrics, answers(file, val.path), time.time() - start
 
 
-def show(found, val, train):
-    "The table of every answer, with the baselines."
+def judged(found, val, train):
+    "Every answer and the baselines on `val`, with intervals: a row an answer."
     true = val[KEYS].to_numpy(float)
     known = {"mean of training": np.broadcast_to(train[KEYS].mean().to_numpy(), true.shape)}
     known["sample's other crops"] = leave_one_out_mean(true, val.group)
-    given = {name: pred for name, (_, pred, _) in found.items()}
-    table = compare_answers(known | given, true, MEASURES, np.arange(len(true)))
-    for name in known | given:
-        rows = table[table.answer == name].set_index("measure")
-        mean, each = rows.loc["mean"], rows.loc[KEYS]
-        kappas, errors = (" ".join(f"{v:5.2f}" for v in each[c]) for c in ("kappa", "mae"))
-        inner = f"{found[name][0]['mean_kappa']:.3f}" if name in found else "    –"
-        interval = f"{mean.kappa:.3f} [{mean.kappa_low:.3f}, {mean.kappa_high:.3f}]"
-        seconds = f"{found[name][2]:5.0f} s" if name in found else ""
-        print(f"{name:32}{inner:>8}   {interval}   {kappas}   {errors} {seconds}")
+    given = known | {name: pred for name, (_, pred, _) in found.items()}
+    table, rows = compare_answers(given, true, MEASURES, np.arange(len(true))), []
+    for name in given:
+        each = table[table.answer == name].set_index("measure")
+        about = dict(answer=name, left_out=found[name][0]["mean_kappa"] if name in found else np.nan)
+        ends = ("", "_low", "_high")
+        about |= {f"kappa{end}": each.loc["mean"][f"kappa{end}"] for end in ends}
+        about |= {f"{what}_{key}{end}": each.loc[key][f"{what}{end}"]
+            for what in ("kappa", "mae") for key in KEYS for end in ends}
+        rows.append(about | dict(seconds=round(found[name][2]) if name in found else 0))
+    return pd.DataFrame(rows)
+
+
+def show(table):
+    "The table of every answer, without the intervals of each measure."
+    for row in table.to_dict("records"):
+        kappas, errors = (" ".join(f"{row[f'{what}_{key}']:5.2f}" for key in KEYS) for what in ("kappa", "mae"))
+        inner = "    –" if np.isnan(row["left_out"]) else f"{row['left_out']:.3f}"
+        interval = f"{row['kappa']:.3f} [{row['kappa_low']:.3f}, {row['kappa_high']:.3f}]"
+        print(f"{row['answer']:32}{inner:>8}   {interval}   {kappas}   {errors} {row['seconds']:5.0f} s")
 
 
 def chosen_tries(asked):
     "The settings that are tried, by name; the last is the one whose answers to test/ are written."
-    tried = TRIED | (TUNING if asked.finetune else {})
+    tried = TRIED | ({"fine-tuned": TUNED} if asked.finetune else {})
     if not asked.only: return tried, FINAL
     for name in asked.only: choose(name, tried, "try")
     return {name: tried[name] for name in asked.only}, asked.only[-1]
@@ -88,7 +97,8 @@ def main():
     ask.add_argument("folder", type=Path)
     ask.add_argument("--out", type=Path, default=Path("scores_test.csv"))
     ask.add_argument("--threads", type=int, default=0, help="of torch; 0 = as it is")
-    ask.add_argument("--finetune", action="store_true", help="also train the last stage of an encoder (half an hour)")
+    ask.add_argument("--finetune", action="store_true", help="also train the last stage of an encoder (15 minutes)")
+    ask.add_argument("--table", type=Path, help="write what was measured here, a .csv")
     ask.add_argument("--only", nargs="+", metavar="NAME", help="these alone, by their names in the table")
     asked = ask.parse_args()
     if asked.threads: torch.set_num_threads(asked.threads)
@@ -98,7 +108,9 @@ def main():
     models = {name: asked.out.parent/f"{asked.out.stem}_{i}.safetensors" for i, name in enumerate(tried)}
     found = {name: measured(table, settings, models[name]) for name, settings in tried.items()}
     print(f"\n{'':32}{'left out':>8}   mean kappa on val        {' / '.join(KEYS)}: kappa, then mean error")
-    show(found, val, train)
+    table = judged(found, val, train)
+    show(table)
+    if asked.table: write_table(asked.table, table.round(4))
     print(f"\nchosen on train by {final!r}: {found[final][0]['chosen']}")
     paths = sorted((asked.folder/"test").iterdir())
     scores = answers(models[final], paths)

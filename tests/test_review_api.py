@@ -10,6 +10,7 @@ from review_tools import KEYS, picture_bytes
 
 from fastapi.testclient import TestClient
 
+import histokit
 from histokit.core.pictures import write_picture
 from histokit.review.api import CSP, STREAM, create_app, openapi
 from histokit.review.api_routes import ROUTES, Review
@@ -227,6 +228,17 @@ def test_export_and_study_through_the_server(study):
     assert study.store.settings() == StudySettings()
 
 
+def test_a_package_without_the_page_says_what_its_build_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(histokit, "__file__", str(tmp_path/"histokit"/"__init__.py"))
+    page = lambda: TestClient(create_app()).get("/")
+    assert page().status_code == 503 and "make web" in page().text
+    (tmp_path/"histokit/_assets/web").mkdir(parents=True)
+    (tmp_path/"histokit/_assets/web/MISSING.txt").write_text("built without the page; build it again\n")
+    assert page().status_code == 503 and page().text == "built without the page; build it again\n"
+    (tmp_path/"histokit/_assets/web/index.html").write_text("<!doctype html>")
+    assert page().status_code == 200
+
+
 # --- uploads ----------------------------------------------------------------------------------
 
 def deflated_tiff(side, strip):
@@ -374,7 +386,8 @@ def test_any_question_that_fits_the_openapi_gets_an_answer_of_it(tmp_path):
         return client.request(**told)
     how = settings(max_examples=4, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
         derandomize=True, database=None)
-    checked = [checks.not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    checked = [checks.not_a_server_error, status_code_conformance, content_type_conformance]
+    checked.append(response_schema_conformance)
     count = 0
     for result in schema.get_all_operations():
         operation = result.ok()

@@ -127,8 +127,9 @@ function actions(id: number, active: Cell, seconds: () => number) {
   }
   const current = () => all.find((m) => m.key === active.value) ?? all[0]
   const move = (by: 1 | -1) => {
-    const at = all.findIndex((m) => m.key === active.value)
-    active.value = all[Math.min(all.length - 1, Math.max(0, at + by))]?.key ?? null
+    const to = all[all.findIndex((m) => m.key === active.value) + by]
+    if (to) active.value = to.key
+    return Boolean(to)                 // beyond the last measure Tab goes on to the rest of the page
   }
   const set = (m: Measure, value: number | null) => {
     if (!allowedToScore() || given(mine(), m.key) === value) return
@@ -167,13 +168,13 @@ function actions(id: number, active: Cell, seconds: () => number) {
 }
 
 function reviewKey(key: string, e: KeyboardEvent, act: Actions, page: { map: Cell2; help: Cell2; active: Cell }): boolean {
-  const lone = document.activeElement === document.body || Boolean(document.activeElement?.closest('.stage'))
+  const lone = Boolean(document.activeElement?.matches('body, main') || document.activeElement?.closest('.osd'))
   if (/^\d$/.test(key)) act.digit(key)
   else if (key === '[' || key === '-') act.step(-1)
   else if (key === ']' || key === '+') act.step(1)
   else if (key === 'Backspace' || key === 'Delete') act.clear()
   else if (key === 'Enter') act.accept()
-  else if (key === 'Tab' && lone) act.move(e.shiftKey ? -1 : 1)
+  else if (key === 'Tab' && lone) return act.move(e.shiftKey ? -1 : 1)
   else if (key === 'ArrowDown') act.move(1)
   else if (key === 'ArrowUp') act.move(-1)
   else if (key === 'n') void act.onward('next')

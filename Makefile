@@ -10,7 +10,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONUNBUFFERED := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help fuzz web review install demo test test-all run lab notebooks readme kernels bench gpu export clean-all
+.PHONY: help docs fuzz web review install demo test test-all run lab notebooks readme kernels bench gpu export clean-all
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -53,6 +53,9 @@ readme: install  ## write README.md from nbs/index.ipynb
 
 export: install  ## nbdev_export, then README
 	@$(BIN)/nbdev_export && BIN="$(BIN)" tools/readme.sh .
+
+docs: install    ## the documentation site from the notebooks as they are saved: _docs/site/index.html
+	@$(BIN)/python tools/docs.py
 
 kernels: install ## build the Kaggle kernels
 	@$(BIN)/histokit kernels build

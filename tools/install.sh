@@ -10,7 +10,8 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
 echo "installing into $venv (a few minutes the first time)"
 "${pip[@]}" --upgrade pip setuptools wheel
 # torch and torchvision go first and together, so that they match each other; torchsort compiles against the torch that is there.
-"${pip[@]}" -c constraints.txt torch torchvision
+# TORCH_INDEX: another index for these two, such as the one with builds for processors only.
+"${pip[@]}" -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torchvision
 "${pip[@]}" -c constraints.txt -e '.[dev]'
 
 if ! "$venv/bin/python" -c 'import torchsort' 2>/dev/null; then
@@ -25,5 +26,10 @@ if ! "$venv/bin/python" -c 'import torchsort' 2>/dev/null; then
   for tool in gcc g++ cc c++ ld as ninja; do t=$(command -v "$tool" || true); [ -z "$t" ] || ln -sf "$t" "$hidden/$tool"; done   # they may live beside nvcc
   PATH="$path:$hidden" "${pip[@]}" -c constraints.txt --no-build-isolation torchsort \
     || echo "torchsort could not be compiled; soft_spearman uses its pure-torch engine (engine=auto records which ran)" >&2
+fi
+# Notebooks that two people changed are merged cell by cell in this clone (.gitattributes names the driver).
+if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
+  git config --local merge.nbdev-merge.name "notebooks, cell by cell"
+  git config --local merge.nbdev-merge.driver "$venv/bin/nbdev_merge %O %A %B %P"
 fi
 touch "$venv/.installed"

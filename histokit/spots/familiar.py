@@ -95,6 +95,7 @@ class FeatureReference:
 
 # %% ../../nbs/spots/familiar.ipynb #ae588cd9
 HOW_FAMILIAR = ("inside", "at the edge", "outside")
+_LEAST_BEYOND = 1.1        # slides that are as good as alike set no limit closer than a tenth beyond the usual
 
 @dataclass(frozen=True)
 class Limits:
@@ -111,7 +112,8 @@ class Limits:
         "The limits that these distances set; None without any."
         values = np.asarray(list(left_out), float)
         if not len(values): return None
-        return cls(float(np.median(values)), max(float(values.max()), floor), len(values))
+        typical = float(np.median(values))
+        return cls(typical, max(float(values.max()), _LEAST_BEYOND * typical, floor), len(values))
 
     @property
     def far(self)->float:
@@ -194,7 +196,7 @@ def _look(kept, projected):
     if limits is None: return dict(verdict="inside", reason="features: no training slide could be left out to compare")
     found = float(np.median(away))
     verdict, times = limits.verdict(found), found / limits.typical
-    farthest = f"{limits.largest / limits.typical:.2f} times for the farthest of {limits.units}"
+    farthest = f"up to {limits.largest / limits.typical:.2f} times in {limits.units} of them"
     usual = f"as is usual for a slide left out ({farthest})"
     reason = f"patches look {times:.2f} times as far from the training spots {usual}"
     beyond = float((away > limits.largest).mean())

@@ -122,7 +122,7 @@ def _cargo_hash(files: dict)->str:
 
 # %% ../nbs/07_kaggle.ipynb #6f5340e3
 _SHOWN_OF_SPOTS = ("answers", "context", "crossval", "kriging", "lattice", "network", "patches", "predict",
-    "prepare", "register", "settings", "slides", "splits", "targets")
+    "prepare", "settings", "slides", "splits", "targets")
 _SHOWN_OF_PICTURES = ("augment", "calibrate", "classification", "classifier", "classify_settings", "duplicates",
     "folds", "prepared", "settings")
 _SHOWN_OF_REPORTS = ("assertion", "controls", "findings", "scoring", "verdict", "vision_language")

@@ -46,11 +46,11 @@ def in_time(
     if error: raise error
     return value
 
-# %% ../nbs/kaggle_client.ipynb #d420dee1
+# %% ../nbs/kaggle_client.ipynb #cce42d09
 _SETTINGS_PAGE = "https://www.kaggle.com/settings"
 _MENDS = {
     401: f"the log-in is not valid: run kaggle auth login, or make a new token at {_SETTINGS_PAGE}",
-    403: "it is not yours, its name is wrong, or the competition's rules are not accepted",
+    403: "perhaps it is not yours, its name is wrong, or the competition's rules are not accepted",
     404: "there is none of this name",
     413: "it is too large",
     429: "too many requests: wait a while, then try again",
@@ -92,8 +92,8 @@ def no_answer(
 
 def _cause(error):
     "The innermost reason that an error names, shortened."
-    while error.args and isinstance(error.args[-1], BaseException): error = error.args[-1]
-    return one_line(getattr(error, "reason", None) or error)[:120]
+    inner = getattr(error, "reason", None) or (error.args[-1] if error.args else None)
+    return _cause(inner) if isinstance(inner, BaseException) else one_line(error)[:120]
 
 # %% ../nbs/kaggle_client.ipynb #ea9c4c2f
 _NO_LOG_IN = ("not logged in to Kaggle: run kaggle auth login, or save a token of "
@@ -289,7 +289,8 @@ def what_is_sent(
     source = upload_text(read_json(Path(staged)/meta.pop("code_file")))
     return meta | dict(source_bytes=len(source.encode()))
 
-# %% ../nbs/kaggle_client.ipynb #4edc4771
+# %% ../nbs/kaggle_client.ipynb #cff71a71
+_COMPETITIONS = "https://www.kaggle.com/competitions"
 _SOURCES = dict(invalid_dataset_sources="dataset", invalid_competition_sources="competition",
     invalid_kernel_sources="kernel", invalid_model_sources="model", invalid_tags="keyword")
 _REMEDIES = (
@@ -319,11 +320,13 @@ def check_push(
         raise BadInput(f"{ref}: no version came back, so it may not be saved; look at {ref.url} before pushing again")
     saved = replace(ref, version=reply.version_number)
     if dropped := _dropped(reply):
-        mend = "accept the competition's rules, or correct the name, stop the run on its page"
-        raise BadInput(f"{saved} was saved and runs without {', '.join(dropped)}; {mend} ({ref.url}), and push again")
+        names = [f"accept the rules at {_COMPETITIONS}/{c}/rules" for c in reply.invalid_competition_sources]
+        mend = "; ".join(names) or "correct its name, or see that it is shared with you"
+        what = f"{saved} was saved and runs without {', '.join(dropped)}"
+        raise BadInput(f"{what}; stop it at {ref.url}, then {mend}, and push again")
     return saved
 
-# %% ../nbs/kaggle_client.ipynb #5c8de481
+# %% ../nbs/kaggle_client.ipynb #8596b9aa
 def push_kernel(
     kaggle: Kaggle,
     staged,                   # from `stage_kernel`
@@ -335,7 +338,7 @@ def push_kernel(
     if options and "no_run" not in inspect.signature(push).parameters:
         raise BadInput("this client cannot save a version without running it: pip install 'kaggle>=2.2.5'")
     if settings.hours: options["timeout"] = str(round(settings.hours * 3600))
-    try: reply = kaggle.ask(f"{ref} was not saved", push, str(staged), seconds=5 * kaggle.seconds, **options)
+    try: reply = kaggle.ask(f"push of {ref}", push, str(staged), seconds=5 * kaggle.seconds, **options)
     except NoAnswer as e:
         if e.refused: raise
         raise BadInput(f"{e}; it may be saved all the same: look at {ref.url} before pushing again") from None

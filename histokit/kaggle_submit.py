@@ -52,7 +52,7 @@ def expectation(
     row, constants = table[rungs_of(table, "model")].iloc[-1], table.loc[rungs_of(table, "constant"), column]
     return Expectation(row["name"], row[column], row["low"], row["high"], float(constants.max()))
 
-# %% ../nbs/kaggle_submit.ipynb #2c0d3009
+# %% ../nbs/kaggle_submit.ipynb #c2c9bc53
 def open_competition(
     kaggle: Kaggle,
     slug: str,            # as in its address
@@ -90,7 +90,7 @@ def _accepted(kaggle, reply, what, competition):
 
 def _hand_in(kaggle, what, competition, call, *args, **kwargs):
     "The number that the client's call gives; where no answer came, that it may count all the same."
-    try: reply = kaggle.ask(f"{what} was not handed in", call, *args, seconds=5 * kaggle.seconds, **kwargs)
+    try: reply = kaggle.ask(f"handing in {what}", call, *args, seconds=5 * kaggle.seconds, **kwargs)
     except NoAnswer as e:
         if e.refused: raise
         page = f"https://www.kaggle.com/competitions/{competition}/submissions"
@@ -190,7 +190,7 @@ def _pip_error(text):
     lines = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR")]
     return one_line(lines[-1] if lines else text)[:200] or "pip gave no reason"
 
-# %% ../nbs/kaggle_submit.ipynb #f2ab3047
+# %% ../nbs/kaggle_submit.ipynb #a659bb37
 def _dataset_state(kaggle, ref):
     "State and version of a dataset; None where there is none."
     try: text = kaggle.ask(f"dataset {ref}", kaggle.api.dataset_status, ref, format="json")
@@ -211,7 +211,7 @@ def _dataset_files(kaggle, ref):
 
 def _upload(kaggle, ref, folder, is_new):
     "A new dataset, or a new version of it."
-    api, what = kaggle.api, f"dataset {ref} was not made"
+    api, what = kaggle.api, f"upload to {ref}"
     more = dict(quiet=True, convert_to_csv=False, seconds=10 * kaggle.seconds)
     if is_new: reply = kaggle.ask(what, api.dataset_create_new, str(folder), public=False, **more)
     else: reply = kaggle.ask(what, api.dataset_create_version, str(folder), "wheels", **more)

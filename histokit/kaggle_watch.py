@@ -170,7 +170,7 @@ def list_outputs(
         tokens.append(reply.next_page_token or "")
     return Outputs(files, log)
 
-# %% ../nbs/kaggle_watch.ipynb #db5692eb
+# %% ../nbs/kaggle_watch.ipynb #e7da051d
 _KINDS = {".png": "a PNG picture", ".parquet": "a Parquet table", ".h5": "an HDF5 file", ".hdf5": "an HDF5 file",
     ".npy": "a numpy array (.npy)", ".zip": "a ZIP archive", ".html": "a web page"}
 
@@ -197,10 +197,14 @@ def check_output(
     if wrong:
         instead = f", not {expected}" if expected else ""
         raise NoAnswer(f"{name}: what came is {is_now or 'something else'}{instead}")
-    if suffix in (".json", ".ipynb"): read_json(path)
-    if is_answer(name): check_answer_file(path)
+    try:
+        if suffix in (".json", ".ipynb"): read_json(path)
+        if is_answer(name): check_answer_file(path)
+    except BadInput as e:
+        why = str(e).replace(f"{path}: ", "").replace(str(path), "it")
+        raise BadInput(f"{name} was not kept: {why}") from None
 
-# %% ../nbs/kaggle_watch.ipynb #b64fd33b
+# %% ../nbs/kaggle_watch.ipynb #5214a347
 _TRIES = 3
 
 def _stream_to(url, path, seconds):
@@ -257,7 +261,8 @@ def fetch_outputs(
     "The files that are asked for of a version that is complete; `BadInput` otherwise."
     session = kernel_session(kaggle, ref)
     if session.state != "COMPLETE":
-        raise BadInput(f"{ref} is not complete but {session}; wait for it: histokit kernels watch {ref}")
+        mend = "why, says" if session.over else "wait for it:"
+        raise BadInput(f"{ref} is not complete but {session}; {mend} histokit kernels watch {ref}")
     left = list_outputs(kaggle, ref)
     places = {name: _place(out, name) for name in left.choose(wanted, ref)}
     there = [p for p in places.values() if p.exists()]

@@ -231,7 +231,7 @@ def reply(kind, **more): return lambda kaggle: kaggle.fault("SaveKernel", kind, 
 
 PUSH_FAILURES = {       # what is injected -> how, changes of the metadata, what the line says
     "two GPU sessions run": (lambda k: setattr(k, "sessions", 2), {}, "count of 2 reached.; wait until one"),
-    "rules not accepted": (lambda k: k.joined.clear(), {}, f"/1 was saved and runs without competition {COMPETITION}"),
+    "rules not accepted": (lambda k: k.joined.clear(), {}, f"{COMPETITION}/rules, and push again"),
     "dataset dropped": (None, dict(dataset_sources=["a/gone"]), "runs without dataset a/gone"),
     "model dropped": (None, dict(model_sources=["a/m/pyTorch/v/1"]), "runs without model a/m/pyTorch/v/1"),
     "kernel dropped": (None, dict(kernel_sources=["a/other-kernel"]), "runs without kernel a/other-kernel"),
@@ -245,7 +245,7 @@ PUSH_FAILURES = {       # what is injected -> how, changes of the metadata, what
     "connection closed": (reply("close"), {}, "the connection failed"),
     "no reply in time": (reply("slow", seconds=5), {}, "no answer within 2 s"),
     "401": (reply(401, message="Unauthenticated"), {}, "refused (401): Unauthenticated; the log-in"),
-    "403": (reply(403, message="Permission denied"), {}, "refused (403): Permission denied; it is not"),
+    "403": (reply(403, message="Permission denied"), {}, "refused (403): Permission denied; perhaps"),
     "429": (reply(429, message="Too many"), {}, "refused (429): Too many; too many requests: wait"),
     "500": (reply(500, message="Internal"), {}, "refused (500): Internal; Kaggle is in trouble"),
     "phone not verified": (lambda k: setattr(k, "SaveKernel", lambda body: PHONE), {}, "verify your phone number"),
@@ -312,8 +312,8 @@ def test_watching_gives_up_and_says_that_it_runs_on(kaggle, cli):
     kaggle.fault("GetKernelSessionStatus", 503, times=99)
     lines = refused(cli("watch", KERNEL, "--patience", "3"), "asked 3 times; the kernel runs on: https://www")
     assert len(lines) == 3
-    kaggle.fault("GetKernelSessionStatus", "slow", times=99, seconds=3)
-    refused(cli("watch", KERNEL, "--patience", "2", timeout=1), "no answer within 1 s")
+    kaggle.fault("GetKernelSessionStatus", "slow", times=99, seconds=2)
+    refused(cli("watch", KERNEL, "--patience", "2", timeout=.5), "no answer within 1 s")
     kaggle.fault("GetKernelSessionStatus", 401, times=99, message="Unauthenticated")
     assert len(refused(cli("watch", KERNEL), "refused (401)")) == 1                       # at once
 
@@ -328,7 +328,7 @@ def test_a_log_that_breaks_off_is_shown_once(kaggle, cli):
 def test_cancelled_and_unknown(kaggle, cli):
     kaggle.add(KERNEL, running(["CANCEL_ACKNOWLEDGED"]))
     refused(cli("watch", KERNEL), "was cancelled")
-    refused(cli("watch", "someone/other-kernel"), "refused (403): Permission 'kernels.get' was denied; it is not yours")
+    refused(cli("watch", "someone/other-kernel"), "refused (403): Permission 'kernels.get' was denied; perhaps")
     refused(cli("watch", "a b c"), "names no kernel; give OWNER/KERNEL")
 
 
@@ -380,7 +380,7 @@ def state(name): return lambda kaggle: setattr(kaggle.kernels[KERNEL][0], "state
 ANSWER = "submission.csv"
 FETCH_FAILURES = {      # what is injected -> how, what is asked for, what the line says
     "still running": (state("RUNNING"), ANSWER, "is not complete but running"),
-    "failed": (state("ERROR"), ANSWER, "is not complete but error"),
+    "failed": (state("ERROR"), ANSWER, "is not complete but error; why, says histokit"),
     "no such file": (None, "model.pt", "left no model.pt; there is report.html"),
     "HTML for a file": (always("html"), ANSWER, "submission.csv: what came is a web page; nothing was written"),
     "error page for a file": (always("html503"), ANSWER, "refused (503): Service Unavailable; Kaggle is in trouble"),
@@ -390,10 +390,10 @@ FETCH_FAILURES = {      # what is injected -> how, what is asked for, what the l
     "no file in time": (always("slow", seconds=2.5), ANSWER, "no answer within 1 s"),
     "empty file": (spoil(ANSWER, b""), ANSWER, "what came is empty"),
     "zeros for a file": (spoil("weights.pt", bytes(600)), "weights.pt", "what came is zeros only"),
-    "an answer with a gap": (spoil(ANSWER, b"ID,C1\n0,1.5\n1,\n"), ANSWER, "C1 of ID 1 is not finite"),
-    "an ID twice": (spoil(ANSWER, b"ID,C1\n0,1.5\n0,2\n"), ANSWER, "ID 0 is there twice"),
+    "an answer with a gap": (spoil(ANSWER, b"ID,C1\n0,1.5\n1,\n"), ANSWER, "was not kept: C1 of ID 1 is not finite"),
+    "an ID twice": (spoil(ANSWER, b"ID,C1\n0,1.5\n0,2\n"), ANSWER, "was not kept: ID 0 is there twice"),
     "no picture": (spoil("run/figures/fit.png", b"GIF89a"), "*.png", "not a PNG picture"),
-    "broken JSON": (spoil("run/metrics.json", b'{"oof": ['), "*.json", "is not readable JSON"),
+    "broken JSON": (spoil("run/metrics.json", b'{"oof": ['), "*.json", "was not kept: it is not readable JSON"),
     "a name that leads out": (spoil("../evil.csv", b"ID,C1\n0,1\n"), "*evil.csv", "leads out of out; it was not"),
     "HTML for the list": (lambda k: k.fault("ListKernelSessionOutput", "html"), ANSWER, "perhaps a web page"),
     "list cut": (lambda k: k.fault("ListKernelSessionOutput", "cut"), ANSWER, "the connection failed"),
@@ -484,7 +484,6 @@ SUBMIT_FAILURES = {     # what is injected -> how, what the line says
     "HTML for the competition": (lambda k: k.fault("GetCompetition", "html"), "perhaps a web page"),
     "upload refused": (lambda k: k.fault("PUT", 400, times=99), "was not handed in: its upload failed"),
     "upload in trouble": (lambda k: k.fault("PUT", "html503", times=99), "was not handed in: its upload failed"),
-    "upload closed": (lambda k: k.fault("PUT", "close", times=99), "no answer within"),
     "upload too slow": (lambda k: k.fault("PUT", "slow", times=99, seconds=5), "no answer within"),
     "empty reply": (lambda k: k.fault("CreateSubmission", "empty"), "no number came back, so it may not count"),
     "reply cut": (lambda k: k.fault("CreateSubmission", "cut"), MAY_COUNT),
@@ -499,7 +498,7 @@ SUBMIT_FAILURES = {     # what is injected -> how, what the line says
 def test_submit_fails_in_one_line(kaggle, cli, answer, what):
     inject, said = SUBMIT_FAILURES[what]
     inject(kaggle)
-    timeout = .5 if what in ("upload closed", "upload too slow") else 20
+    timeout = .5 if what == "upload too slow" else 20
     lines = refused(cli("submit", answer, "--competition", COMPETITION, "--minutes", ".01", timeout=timeout), said)
     assert len(lines) <= 2
 
@@ -575,7 +574,7 @@ WHEEL_FAILURES = {      # what is injected -> how, what the line says
     "upload refused": (lambda k: k.fault("PUT", 400, times=99), "nothing_at_all-1.0-py3-none-any.whl"),
     "refused": (lambda k: k.fault("CreateDataset", 400, message="Title is taken"), "refused (400): Title is taken"),
     "HTML for a reply": (lambda k: k.fault("CreateDataset", "html"), "perhaps a web page"),
-    "empty reply": (lambda k: k.fault("CreateDataset", "empty"), "was not made: the reply is empty"),
+    "empty reply": (lambda k: k.fault("CreateDataset", "empty"), "histokit-wheels: the reply is empty"),
     "status in trouble": (lambda k: k.fault("GetDatasetStatus", 503, times=99), "refused (503)"),
 }
 

@@ -4,7 +4,9 @@
 
 FOLDER holds scores.csv (path, split, slide, and a column for each measure, 0 to 3), train/ and test/. Everything is
 chosen on `train` alone, on slides left out in turn; `val` is looked at once, for the table. Its crops are of one slide,
-so that intervals are drawn over crops. The answers to test/ go to --out."""
+so that intervals are drawn over crops. The answers to test/ go to --out.
+
+nbs/measured/scores_her2st_crops.csv has what was measured, nbs/measured/scores_her2st_test.csv the answers to test/."""
 import argparse
 import time
 from dataclasses import replace

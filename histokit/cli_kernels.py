@@ -28,7 +28,7 @@ _KERNELS = Path("kaggle_kernels")
 @command(kernels, "build", "kernels build --recipe tb --competition SLUG --username NAME")
 def kernels_build(
     folder: Annotated[Path, typer.Argument(help="the kernels' folder")] = _KERNELS,
-    recipe: str = "resnet18",
+    recipe: Annotated[str, typer.Option(help="its name or file; several, with commas, run in turn")] = "resnet18",
     competition: Annotated[str, typer.Option(help="its slug; needed for pictures, unless a dataset holds them")] = "",
     title: Annotated[str, typer.Option(help="of the kernel; else histokit train submit, or the recipe's name")] = "",
     username: Annotated[str, typer.Option(help="of the Kaggle account; else $KAGGLE_USERNAME")] = "",

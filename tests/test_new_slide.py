@@ -450,14 +450,17 @@ def test_a_worker_killed_in_the_middle_costs_no_finished_slide(trained, pixels, 
     with distributed.LocalCluster(**about) as cluster, distributed.Client(cluster) as client:
         victim = next(iter(workers_of(client).values()))
         script = f"""
-from histokit.spots.many_slides import *
+from histokit.spots.many_slides import Workers, list_slides, predict_slides
+from histokit.spots.new_slide import NewSlideSettings
 import sys
 table = predict_slides({str(trained)!r}, list_slides([{str(tmp_path/'slides')!r}]), {str(tmp_path/'out')!r},
     NewSlideSettings(chunk=64, device='cpu'), Workers(1, {cluster.scheduler_address!r}, threads=1), maps=1)
 print(table.status.tolist())"""
         asked = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         until = time.monotonic() + 200
-        while not list((tmp_path/"out").rglob("part_*.npy")) and time.monotonic() < until: time.sleep(.02)
+        while not list((tmp_path/"out").rglob("part_*.npy")) and time.monotonic() < until:
+            assert asked.poll() is None, "the client ended before a worker had begun"
+            time.sleep(.02)
         os.kill(victim, signal.SIGKILL)
         said = asked.communicate(timeout=300)[0]
         with pytest.raises(ProcessLookupError): os.kill(victim, 0)
@@ -598,7 +601,8 @@ def test_a_pyramid_of_40000_pixels_a_side_within_2_gb(trained, tmp_path, demo_fi
     large_slide(tmp_path/"large.tif", 40_000, .25, tissue_tile(demo_file).repeat(8, 0).repeat(8, 1))
     program = """
 import resource, sys
-from histokit.spots.many_slides import *
+from histokit.spots.many_slides import Workers, list_slides, predict_slides
+from histokit.spots.new_slide import NewSlideSettings
 table = predict_slides(sys.argv[1], list_slides([sys.argv[2]]), sys.argv[3], NewSlideSettings(device='cpu'), maps=2)
 print(table.status[0], table.spots[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"""
     said = subprocess.run([sys.executable, "-c", program, str(trained), str(tmp_path/"large.tif"), str(tmp_path/"out")],

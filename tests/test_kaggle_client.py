@@ -585,3 +585,24 @@ def test_sharing_wheels_fails_in_one_line(kaggle, share, what):
     inject(kaggle)
     with pytest.raises(BadInput) as e: share()
     assert said in str(e.value) and "\n" not in str(e.value)
+
+
+# --- what the README says ------------------------------------------------------------------------------------------
+
+def readme_lines():
+    "The lines of commands for kernels in the README's source."
+    cells = read_json(REPO/"nbs"/"index.ipynb")["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return re.findall(r"(?m)^\s*(?:- run: )?histokit kernels (\w+.*)$", text)
+
+
+def test_the_readme_names_options_that_there_are():
+    "Each command of the section from clone to leaderboard, and each of its options."
+    import typer
+    commands = typer.main.get_command(app).commands["kernels"].commands
+    lines = readme_lines()
+    assert {line.split()[0] for line in lines} >= set(commands) - {"check", "watch"}
+    for line in lines:
+        command, *words = line.split()
+        known = {o for p in commands[command].params for o in p.opts}
+        assert {w for w in words if re.fullmatch(r"--?[a-z][a-z-]*", w)} <= known, line

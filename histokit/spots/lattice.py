@@ -118,7 +118,7 @@ def smoothing_matrix(
     tree = cKDTree(xy)
     return _normalised(*_gaussian_weights(tree, tree, sigma), (len(xy), len(xy)))
 
-# %% ../../nbs/spots/lattice.ipynb #e00a7127
+# %% ../../nbs/spots/lattice.ipynb #870f2276
 _CHUNK = 16_384         # spots whose weights are in memory at once
 
 def local_mean(
@@ -132,12 +132,23 @@ def local_mean(
     values, xy = np.asarray(values, float), np.asarray(xy, float)
     if not sigma > 0: return values.copy()
     tree, out = cKDTree(xy), np.empty(values.shape)
-    order = tree.indices if len(xy) > _CHUNK else np.arange(len(xy))         # near in the tree is near on the slide
-    for some in np.array_split(order, -(-len(xy) // _CHUNK)):
+    if len(xy) <= _CHUNK: return _pair_mean(values, xy, tree, sigma, looks, tolerance)
+    for some in np.array_split(tree.indices, -(-len(xy) // _CHUNK)):         # near in the tree is near on the slide
         rows, cols, weights = _gaussian_weights(cKDTree(xy[some]), tree, sigma)
         if looks is not None: weights *= _alike(looks[some], looks, rows, cols, tolerance)
         out[some] = _normalised(rows, cols, weights, (len(some), len(xy))) @ values
     return out
+
+def _pair_mean(values, xy, tree, sigma, looks, tolerance):
+    "The same with all weights in memory; each pair of spots is looked at once."
+    i, j = np.ascontiguousarray(tree.query_pairs(3 * sigma, output_type="ndarray").T)
+    squares = sum((along[i] - along[j]) ** 2 for along in np.ascontiguousarray(xy.T))
+    weights = np.exp(squares / (-2 * sigma ** 2))
+    if looks is not None: weights *= _alike(looks, looks, i, j, tolerance)
+    n = len(xy)
+    total = 1 + np.bincount(i, weights, n) + np.bincount(j, weights, n)      # a spot's own weight is 1
+    half = csr_matrix((weights, (i, j)), (n, n))
+    return (values + half @ values + half.T @ values) / total.reshape(-1, *[1] * (values.ndim - 1))
 
 def _alike(some, looks, rows, cols, tolerance, most=1 << 22):
     "A Gaussian of the distance between the looks of pairs of spots."

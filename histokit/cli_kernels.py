@@ -128,7 +128,7 @@ def kernels_watch(
     done = f"{ref} is complete; fetch its answer: histokit kernels fetch {ref}"
     say(dict(kernel=str(ref), state=session.state), done, as_json)
 
-# %% ../nbs/cli_kernels.ipynb #fae6425a
+# %% ../nbs/cli_kernels.ipynb #10a12254
 _Competition = Annotated[str, typer.Option(help="its slug; of a kernel, else the one it is attached to")]
 
 @command(kernels, "fetch", "kernels fetch someone/histokit-train-submit --file report.html --file '*.png'")
@@ -174,6 +174,7 @@ def _send(kaggle, what, competition, message, data, folder):
         if about.is_kernels_submissions_only:
             raise BadInput(f"{competition} takes notebooks only; submit OWNER/KERNEL/VERSION")
         return competition, submit_file(kaggle, competition, what, message or Path(what).name), metrics
+    if what.endswith(".csv"): raise BadInput(f"{what} does not exist; give a CSV, or OWNER/KERNEL/VERSION")
     ref, _ = find_version(kaggle, what)
     competition = competition or own_competition(kaggle, ref)
     about = open_competition(kaggle, competition)

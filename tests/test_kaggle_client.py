@@ -515,7 +515,7 @@ def test_wrong_files_never_leave(kaggle, cli, tmp_path):
     (tmp_path/"gap.csv").write_text("ID,C1\n0,\n")
     refused(cli("submit", tmp_path/"gap.csv", "--competition", COMPETITION), "is not finite")
     refused(cli("submit", tmp_path/"gap.csv"), "give --competition SLUG")
-    refused(cli("submit", tmp_path/"none.csv"), "names no kernel")
+    refused(cli("submit", tmp_path/"none.csv"), "none.csv does not exist; give a CSV")
     assert not kaggle.sent("PUT")
 
 

@@ -17,10 +17,10 @@ HEAD = {"X-Histokit": "1"}
 
 
 def keep_small(shot, path):
-    "At most 880 px wide, in 56 colours."
+    "At most 880 px wide, in 112 colours."
     shot = shot.convert("RGB")
     shot.thumbnail((880, 880), Image.Resampling.LANCZOS)
-    shot.quantize(56, dither=Image.Dither.NONE).save(path, optimize=True)
+    shot.quantize(112, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 class Walk:

@@ -238,7 +238,8 @@ def draw_attention(
     from histokit.review.scorer import Scorer
     scorer = Scorer.load(model)
     beside = [scorer.square(path) for path in others] if scorer.by_sample else []
-    seen = np.clip(scorer.attention(picture, measure, beside), 0, 1)
+    seen = scorer.attention(picture, measure, beside)
+    seen = np.clip(seen / max(np.quantile(seen, .99), 1e-9), 0, 1)      # one bright spot would leave the rest dark
     colour = np.stack([255 * seen**.5, 90 * seen, 40 * (1 - seen), 220 * seen], -1).astype(np.uint8)
     wide = max(size)
     image = Image.fromarray(colour).resize([max(1, round(512 * n / wide)) for n in size], Image.Resampling.BICUBIC)

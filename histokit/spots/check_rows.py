@@ -52,7 +52,7 @@ def _column_findings(values, train):
         what = f"the types' usual order hardly agrees with the training spots' own: {agree:.2f}"
         yield warning(what, "are columns exchanged, or upside down?")
 
-# %% ../../nbs/spots/check_rows.ipynb #31701d38
+# %% ../../nbs/spots/check_rows.ipynb #37e6f26a
 def neighbour_agreement(
     values,          # (n, T) amounts
     spots,           # table with slide, x, y
@@ -64,8 +64,9 @@ def neighbour_agreement(
 
 def _agreement(x, near):
     "Moran's I of the columns of x, weighed by how much they vary."
-    around = (x[near.index] * near.mask[..., None]).sum(1) / np.maximum(near.mask.sum(1), 1)[:, None]
-    seen = near.mask.any(1)
+    count = near.mask.sum(1, keepdims=True)
+    around = (x[near.index] * near.mask[..., None]).sum(1) / np.maximum(count, 1)
+    seen = count[:, 0] > 0
     return float((x[seen] * around[seen]).sum() / max((x[seen] ** 2).sum(), 1e-12))
 
 def _usual_mistakes(test):

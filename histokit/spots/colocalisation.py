@@ -53,7 +53,7 @@ class ShiftedMaps:
             out[rows] = rows[tree.query(low + (place + rng.random(2)) % 1 * size)[1]]
         return out
 
-# %% ../../nbs/spots/colocalisation.ipynb #98312642
+# %% ../../nbs/spots/colocalisation.ipynb #d77be25f
 @dataclass(frozen=True)
 class Colocalisation:
     "How the maps of T types go together."
@@ -66,7 +66,8 @@ class Colocalisation:
         "One row a pair, the strongest first: a, b, r, p, called."
         i, j = np.triu_indices(len(self.names), 1)
         names = np.asarray(self.names)
-        table = pd.DataFrame(dict(a=names[i], b=names[j], r=self.r[i, j], p=self.p[i, j], called=self.called[i, j]))
+        measured = {name: getattr(self, name)[i, j] for name in ("r", "p", "called")}
+        table = pd.DataFrame(dict(a=names[i], b=names[j]) | measured)
         return table.sort_values("r", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 def discoveries(
@@ -171,7 +172,7 @@ def _about_niches(x, label, names, most=4):
         rows.append(dict(niche=f"{k + 1}", share=float((label == k).mean()), typical=", ".join(map(str, typical))))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/spots/colocalisation.ipynb #7931c94d
+# %% ../../nbs/spots/colocalisation.ipynb #3300bc3a
 NICHE_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#f0e442", "#0072b2", "#999999")  # Okabe-Ito
 
 def show_niches(
@@ -186,7 +187,8 @@ def show_niches(
     fig, axes = plt.subplots(1, len(slides), figsize=(2.3 * len(slides) + .8, 2.6), squeeze=False)
     fig.subplots_adjust(left=.01, right=1 - .8 / (2.3 * len(slides) + .8), top=.9, bottom=.02, wspace=.05)
     for ax, name in zip(axes[0], slides): _draw_niches(ax, factory, name, spots[spots.slide.eq(name)], niches, spots)
-    marks = [plt.Line2D([], [], marker="o", ls="", c=NICHE_COLOURS[k % 8]) for k in np.unique(niches.label)]
+    dot = dict(marker="o", ls="")
+    marks = [plt.Line2D([], [], c=NICHE_COLOURS[k % 8], **dot) for k in np.unique(niches.label)]
     fig.legend(marks, niches.about.niche, title="niche", fontsize=8, title_fontsize=8, loc="center right")
     return fig
 

@@ -82,7 +82,7 @@ def read_answered(
     coords = normalised_coords(spots)[order]
     return Answered(run, factory, train, test, coords, train[names].to_numpy(), held_out, submitted, apart)
 
-# %% ../../nbs/spots/run_figures.ipynb #fa4b2f73
+# %% ../../nbs/spots/run_figures.ipynb #1d63166a
 def telling_types(
     true,            # (n, T)
     n: int = 3,
@@ -129,7 +129,7 @@ def show_type_maps(
     for i, (t, (xy, maps)) in enumerate(zip(types, rows)):
         axes[i, 0].set_ylabel(str(answered.types[t])[:24], fontsize=8)
         for j, of in enumerate(maps.values()): drawn[i, j] = _draw_map(axes[i, j], picture, info, xy, *of)
-    for title, ax, below, dots in zip(rows[0][1], axes[0], axes[-1], drawn.T): _draw_scale(fig, title, ax, below, dots)
+    for title, column, dots in zip(rows[0][1], axes.T, drawn.T): _draw_scale(fig, title, column, dots)
     return fig
 
 def _draw_map(ax, picture, info, xy, values, colours, limits):
@@ -139,14 +139,14 @@ def _draw_map(ax, picture, info, xy, values, colours, limits):
     size = .9 * info.pitch_px if np.isfinite(info.pitch_px) else max(info.width, info.height) / 60
     return draw_spots(ax, xy, size, array=values, cmap=colours, clim=limits or (None, None), lw=0)
 
-def _draw_scale(fig, title, ax, below, dots):
+def _draw_scale(fig, title, column, dots):
     "The title of a column, and one scale for all its maps."
     arrays = np.concatenate([d.get_array() for d in dots])
     low, high = dots[0].norm.vmin, dots[0].norm.vmax
     if title == "uncertainty": low, high = arrays.min(), max(arrays.max(), arrays.min() + 1e-9)
     for d in dots: d.set_clim(low, high)
-    ax.set_title(title, fontsize=9)
-    box = below.get_position()
+    column[0].set_title(title, fontsize=9)
+    box = column[-1].get_position()
     place = fig.add_axes((box.x0, box.y0 * .72, box.width, box.y0 * .12))
     bar = fig.colorbar(dots[0], cax=place, orientation="horizontal")
     bar.ax.tick_params(labelsize=7, length=2, pad=1)

@@ -12,8 +12,12 @@ import pandas as pd
 from ..learn.bootstrap import Bootstrap, bootstrap_interval
 from ..learn.scores import Score, row_ranks, spearman_columns, spearman_rows
 
-# %% ../../nbs/spots/uncertainty.ipynb #37878583
+# %% ../../nbs/spots/uncertainty.ipynb #fe36588c
 def _rises(spread, error): return float(spearman_columns(spread[:, None], error[:, None])[0])
+
+def _rises_if_any(spread, error):
+    "NaN where nothing varies."
+    return _rises(spread, error) if np.ptp(spread) and np.ptp(error) else np.nan
 
 RISES = Score("rises", _rises, per_row=False, label="Spearman of error and spread")
 
@@ -27,7 +31,7 @@ def spread_worth(
     score, own = spearman_rows(pred, true), np.mean(spread, 1)
     low, high = bootstrap_interval(RISES, own, 1 - score, np.asarray(slide), bootstrap=Bootstrap(draws=draws))
     off = np.abs(row_ranks(pred) - row_ranks(true))
-    types = [_rises(s, e) if np.ptp(s) and np.ptp(e) else np.nan for s, e in zip(np.transpose(spread), off.T)]
+    types = [_rises_if_any(s, e) for s, e in zip(np.transpose(spread), off.T)]
     return dict(rises=_rises(own, 1 - score), low=low, high=high, quarters=_quarters(own, score), types=types)
 
 def _quarters(spread, score):
@@ -49,7 +53,7 @@ def spread_verdict(
 
 def _limit(value): return "–" if value is None or not np.isfinite(value) else f"{value:+.2f}"
 
-# %% ../../nbs/spots/uncertainty.ipynb #dd69eb24
+# %% ../../nbs/spots/uncertainty.ipynb #5327ea46
 def show_spread(
     spread, pred, true,      # (n, T) each
     bins: int = 10,
@@ -71,7 +75,8 @@ def show_spread(
 
 def _draw_bins(ax, x, y, bins, colour):
     "Means of y in bins of x of equal size, with the middle half."
-    parts = pd.DataFrame(dict(x=x, y=y)).sort_values("x").groupby(np.arange(len(x)) * bins // len(x))
+    table, bin_of = pd.DataFrame(dict(x=x, y=y)).sort_values("x"), np.arange(len(x)) * bins // len(x)
+    parts = table.groupby(bin_of)
     middle, quarter = parts.mean(), parts.y.quantile([.25, .75]).unstack()
     ax.fill_between(middle.x, quarter[.25], quarter[.75], color=colour, alpha=.2, lw=0)
     ax.plot(middle.x, middle.y, ".-", c=colour)

@@ -62,7 +62,7 @@ def remembered(
         with lock: return join_pieces((ys, xs), (tile, tile, across), piece, picture.shape[2:], picture.dtype)
     return replace(picture, read=read, chunks=(tile, tile))
 
-# %% ../../nbs/core/windows.ipynb #f4fc81cd
+# %% ../../nbs/core/windows.ipynb #398fc251
 _ONE = 256            # a pixel, in the unit of edges
 
 def _edges(part, factor, n):
@@ -77,7 +77,8 @@ def _area_sums(pixels, edges):
     column = (slice(None), *[None] * (pixels.ndim - 1))
     for tap in range(int((last - first).max()) + 1):
         at = np.minimum(first + tap, last)
-        covered = np.minimum(edges[1:], (first + tap + 1) * _ONE) - np.maximum(edges[:-1], (first + tap) * _ONE)
+        left = (first + tap) * _ONE
+        covered = np.minimum(edges[1:], left + _ONE) - np.maximum(edges[:-1], left)
         out += pixels[at - first[0]] * np.maximum(covered, 0)[column]
     return out
 
@@ -89,11 +90,13 @@ def reduced(
     height, width = picture.shape[:2]
     def read(ys, xs):
         rows, cols = _edges(ys, factor, height), _edges(xs, factor, width)
-        if min(len(rows), len(cols)) < 2: return np.empty((len(rows) - 1, len(cols) - 1, *picture.shape[2:]), np.uint8)
+        size = len(rows) - 1, len(cols) - 1
+        if not all(size): return np.empty((*size, *picture.shape[2:]), np.uint8)
         below = [slice(int(e[0] // _ONE), int(-(-e[-1] // _ONE))) for e in (rows, cols)]
         total = _area_sums(picture[below[0], below[1]], rows)
         total = _area_sums(total.swapaxes(0, 1), cols).swapaxes(0, 1)
-        area = np.outer(np.diff(rows), np.diff(cols)).reshape(total.shape[:2] + (1,) * (total.ndim - 2))
+        area = np.outer(np.diff(rows), np.diff(cols))
+        if total.ndim == 3: area = area[..., None]
         return ((total + area // 2) // area).astype(np.uint8)
     shape = [max(int(n / factor), 1) for n in (height, width)]
     um = picture.um_per_px and tuple(n * factor for n in picture.um_per_px)

@@ -54,7 +54,7 @@ def write_slide_h5ad(
     parts["uns"] = dict(spatial={p.name: picture_entry(image, p)}, familiar=known)
     return write_anndata(path, parts)
 
-# %% ../../nbs/spots/slide_outputs.ipynb #6621b66e
+# %% ../../nbs/spots/slide_outputs.ipynb #0de85b1e
 _CORNERS = 16        # of the polygon that stands for a circle
 
 def type_colours(
@@ -67,7 +67,8 @@ def type_colours(
 def _circle(x, y, radius):
     "A ring of points around a place, closed, counter-clockwise in the sense of GeoJSON."
     turn = np.arange(_CORNERS + 1) % _CORNERS * 2 * np.pi / _CORNERS
-    return np.round(np.stack([x + radius * np.cos(turn), y + radius * np.sin(turn)], 1), 1).tolist()
+    ring = radius * np.stack([np.cos(turn), np.sin(turn)], 1) + (x, y)
+    return ring.round(1).tolist()
 
 def _detection(ring, amounts, types, colours):
     "A spot as a feature of GeoJSON, as QuPath reads and writes them."
@@ -94,7 +95,7 @@ def write_geojson(
         out.write("]}\n")
     return Path(path)
 
-# %% ../../nbs/spots/slide_outputs.ipynb #119e6e04
+# %% ../../nbs/spots/slide_outputs.ipynb #54e4634d
 def changing_types(
     values,          # (n, T) amounts
     most: int = 0,   # how many; 0 = all
@@ -114,7 +115,8 @@ def _map_axes(p, side):
     ax.set(xlim=(-.5, p.width - .5), ylim=(p.height - .5, -.5))
     draw_scale_bar(ax, p)
     size = .9 * p.pitch_px if np.isfinite(p.pitch_px) else p.spot_px
-    return fig, ax, draw_spots(ax, p.spots[["x", "y"]].to_numpy(), size, array=p.values[:, 0], cmap="magma", lw=0)
+    style = dict(array=p.values[:, 0], cmap="magma", lw=0)
+    return fig, ax, draw_spots(ax, p.spots[["x", "y"]].to_numpy(), size, **style)
 
 def draw_type_maps(
     p: SlidePrediction,

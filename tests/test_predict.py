@@ -88,7 +88,7 @@ def alone(run, name="somebody's slide", patient=None):
 
 # ---- the run's own slides
 
-SLOW = dict(boost=pytest.mark.slow)            # 20 s of trees
+SLOW = dict(boost=pytest.mark.slow, head=pytest.mark.slow)       # trees; a network whose like is neighbours
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=SLOW.get(m, ())) for m in METHODS])
@@ -130,7 +130,7 @@ def two_test_slides(source, path):
     return path
 
 
-@pytest.mark.parametrize("method", ["kriging", "neighbours"])
+@pytest.mark.parametrize("method", ["kriging", pytest.param("neighbours", marks=pytest.mark.slow)])
 def test_no_slide_depends_on_another(runs, tmp_path, demo_file, method):
     both = train(tmp_path/"both", method, two_test_slides(demo_file, tmp_path/"two.h5"))
     one, two = submitted(runs(method)), submitted(both)

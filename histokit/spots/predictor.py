@@ -33,7 +33,7 @@ from .slide_heads import open_slide_head
 from .targets import TargetTransform
 
 # %% ../../nbs/spots/predictor.ipynb #fb43dbc0
-_BATCH = 32
+_BATCH = 64            # as in training, where features are cached
 
 class _Filled(BatchDataset):
     "A dataset whose length is a multiple of the batch; the last row stands for those that are not there."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lead_sentences', 'report_parts', 'write_run_report']
 
-# %% ../../nbs/spots/run_report.ipynb #b568f01d
+# %% ../../nbs/spots/run_report.ipynb #080df698
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from ..core.page import Html, escaped, html_figure, html_gallery, html_table, pa
 from .colocalisation import colocalise, find_niches, level_free, show_colocalisation, show_niches
 from .contributions import contributions
 from histokit.spots.run_figures import (
-    Answered, calibration_slope, median_slide, read_answered, show_calibration, show_type_maps, spot_pictures,
+    AnsweredSpots, calibration_slope, median_slide, read_answered, show_rank_calibration, show_type_maps, spot_pictures,
     telling_types, worst_rows)
 from .uncertainty import show_spread, spread_verdict
 
-# %% ../../nbs/spots/run_report.ipynb #3c41fa10
+# %% ../../nbs/spots/run_report.ipynb #23cf793c
 def _interval(row):
     "A score with its interval."
     known = row["low"] is not None and np.isfinite(row["low"])
@@ -35,7 +35,7 @@ def _used_rung(metrics):
     return next(row for row in metrics["oof"] if row["name"] == last)
 
 def lead_sentences(
-    answered: Answered,
+    answered: AnsweredSpots,
     metrics: dict,       # metrics.json
 )->list:
     "What was learnt from, what was answered, and how well."
@@ -57,7 +57,7 @@ def lead_sentences(
     if metrics.get("budget"): said.append(f"{metrics['budget'][0].upper()}{metrics['budget'][1:]}.")
     return said
 
-# %% ../../nbs/spots/run_report.ipynb #a2ced1cb
+# %% ../../nbs/spots/run_report.ipynb #5dadeec0
 def _said(*sentences): return Html("".join(f"<p>{escaped(s)}</p>" for s in sentences if s))
 
 def _drawn(figure, caption):
@@ -126,7 +126,7 @@ def _doubt_part(answered, metrics):
     slope = calibration_slope(answered.held_out, answered.true)
     word = "too sure of itself" if slope < .95 else "too careful" if slope > 1.05 else "about as sure as it may be"
     parts += [_said(f"Of a predicted difference in rank {slope:.0%} comes true: the model is {word}."),
-        _drawn(show_calibration(answered.held_out, answered.true), "Ranks: on the diagonal, predictions come true")]
+        _drawn(show_rank_calibration(answered.held_out, answered.true), "Ranks: on the diagonal they come true")]
     return Html("".join(parts))
 
 def _worst_part(answered, n=8):
@@ -206,9 +206,9 @@ def _asked_part(answered):
     code = [dict(what=k, value="–" if v is None else str(v)) for k, v in versions.items()]
     return Html(_folded("parameters", asked) + _folded("stages", took) + _folded("versions", code))
 
-# %% ../../nbs/spots/run_report.ipynb #fcf04730
+# %% ../../nbs/spots/run_report.ipynb #1e59dcff
 def report_parts(
-    answered: Answered,
+    answered: AnsweredSpots,
     metrics: dict,       # metrics.json
 )->dict:                 # heading -> function that gives its HTML
     "The sections of the report, in the order of the questions."

@@ -57,6 +57,7 @@ def test_every_page_has_its_module_or_none(docs):
 def test_anchors_and_directives(docs, tmp_path):
     assert docs.lower_anchors("see [it](learn/networks.ipynb#Saved-with-all-it-needs), [x](#The-stage)") == \
         "see [it](learn/networks.ipynb#saved-with-all-it-needs), [x](#the-stage)"
+    assert docs.without_anchors("[The data](#The-data) and [b](c.ipynb)") == "The data and [b](c.ipynb)"
     assert docs.DIRECTIVE.sub("", "#| export\nx = 1") == "x = 1"
     assert docs.fixed_links("[a](bench/x.py) [b](nbs/y.ipynb)") == "a [b](nbs/y.ipynb)"
 

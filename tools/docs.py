@@ -53,6 +53,11 @@ def lower_anchors(text):
     return re.sub(r"\]\(([\w./]*)#([^)]+)\)", slug, text)
 
 
+def without_anchors(text):
+    "What a cell shows of another notebook: its headings are not on this page."
+    return re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text)
+
+
 def copy_notebook(page, to):
     "A page without directives, its anchors as the site has them."
     nb = json.loads(page.read_text(encoding="utf-8"))
@@ -60,6 +65,9 @@ def copy_notebook(page, to):
         source = "".join(c["source"])
         source = DIRECTIVE.sub("", source) if c["cell_type"] == "code" else lower_anchors(source)
         c["source"] = source
+        for output in c.get("outputs", []):
+            shown = output.get("data", {})
+            if "text/markdown" in shown: shown["text/markdown"] = without_anchors("".join(shown["text/markdown"]))
     nb["cells"] = [c for c in nb["cells"] if c["source"].strip() or c.get("outputs")]
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(nb), encoding="utf-8")

@@ -157,7 +157,7 @@ def _together_part(answered, shifts=99):
         + _said("Compositions fall into niches, a summary for the eye:") + html_table(about, stacked=True)
         + _drawn(show_niches(answered.factory, spots, niches), "Niches of predicted compositions"))
 
-# %% ../../nbs/spots/run_report.ipynb #a32cb65d
+# %% ../../nbs/spots/run_report.ipynb #52c19992
 def _slides_part(answered):
     "Colours and places of each slide: what was measured and what was changed."
     run = answered.run
@@ -170,7 +170,8 @@ def _slides_part(answered):
     before, after = stain.get("colour_difference_before"), stain.get("colour_difference_after")
     said = "The slides' colours were left as they are."
     if stain.get("method") not in (None, "none"): said = f"Colours were brought together by {stain['method']}."
-    if before and after: said += f" Slides differed by ΔE {before:.1f} before and {after:.1f} after."
+    if before and after and before != after:
+        said += f" Slides differed by ΔE {before:.1f} before and {after:.1f} after."
     figures = dict(stain="Slides before and after", data_registration="The registration that moved most")
     drawn = "".join(_kept(run, name, caption) for name, caption in figures.items())
     return Html(_said(said) + html_table(rows, stacked=True) + drawn)

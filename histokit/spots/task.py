@@ -84,6 +84,7 @@ def report(
         if gap: lines.append(_flattery(gap, held))
     home = os.path.relpath(run.path)
     places = dict(submission="submission.csv", figures="figures/", notebooks="*.ipynb")
+    if run.has("report.html"): places |= dict(report="report.html")
     return "\n".join([*lines, "", *(f"{what:12}{home}/{where}" for what, where in places.items())])
 
 def _flattery(gap, held):

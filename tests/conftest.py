@@ -1,7 +1,10 @@
 """What several tests need: a tiny data file, one finished run at smoke size, and a browser without a screen."""
 import os
 import shutil
+import signal
 
+# nohup and & start a program that ignores Ctrl-C, and so would the programs that the tests stop with it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # threads that spin while they wait slow each other down
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .stop import at_stop
 from .text import BadInput, one_line, say_once
 
 # %% ../../nbs/core/files.ipynb #6bc304df
@@ -71,7 +72,7 @@ def atomic(
     make_dir(path.parent)
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield tmp
+        with at_stop(lambda: tmp.unlink(missing_ok=True)): yield tmp
         os.replace(tmp, path)
     except OSError as e: raise _block_error(path, tmp, e) from e
     finally: tmp.unlink(missing_ok=True)

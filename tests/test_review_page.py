@@ -514,6 +514,7 @@ def test_three_thousand_rows(browser, long_study):
     page.get_by_label("Search name, serial or group").fill("")
     me.go("/review/2501")
     me.until("document.querySelector('.scores h1')?.textContent === 'S-250-000'")
+    page.wait_for_timeout(1000)                    # the page hears keys once it has been painted
     me.press("ArrowRight")
     me.until("document.querySelector('.scores h1')?.textContent === 'S-250-001'")
     me.context.close()

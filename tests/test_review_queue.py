@@ -26,7 +26,7 @@ US = {"X-Histokit": "1"}
 NOBODY = Person(0, "", "viewer")
 
 
-def wait_for(happened, seconds=60.):
+def wait_for(happened, seconds=180.):
     until = time.monotonic() + seconds
     while not happened() and time.monotonic() < until: time.sleep(.05)
     assert happened()
@@ -132,7 +132,7 @@ def test_a_worker_killed_at_random_loses_nothing(store, tmp_path, kills):
             retried.add(job.id)
             store.retry(job.id)
         return len(store.jobs_in("Completed")) == n
-    wait_for(settled, 120)
+    wait_for(settled)
     worker.stop()
     check_whole(store, n)
 

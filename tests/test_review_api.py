@@ -1,5 +1,6 @@
 """The review app's server: who may ask what, what is refused, and what a browser is sent."""
 import io
+import socket
 import struct
 import zlib
 
@@ -16,6 +17,7 @@ from histokit.review.api import CSP, STREAM, create_app, openapi
 from histokit.review.api_routes import ROUTES, Review
 from histokit.review.measures import StudySettings
 from histokit.review.people import hash_password
+from histokit.review.serve import Address, ReviewServer, open_study
 from histokit.review.store import ROLES, Store
 
 PASSWORD = "a horse in a battery"
@@ -396,3 +398,9 @@ def test_any_question_that_fits_the_openapi_gets_an_answer_of_it(tmp_path):
         count += 1
     study.review.close()
     assert count == len(ROUTES)
+
+
+def test_no_answer_waits_for_the_clients_acknowledgement(tmp_path):
+    "asyncio leaves Nagle's delay on for sockets made without a protocol number: 40 ms an answer."
+    with ReviewServer(open_study(tmp_path/"study"), Address(port=0), worker=False) as server:
+        assert server.listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

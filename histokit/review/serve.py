@@ -133,6 +133,7 @@ def _listen(address):
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)    # an answer's second part waits for no one
     try: listener.bind((address.host, address.port))
     except OSError as e:
         listener.close()

@@ -107,6 +107,7 @@ def _piece(path):
 class _Handler(BaseHTTPRequestHandler):
     "Answers with the page or one of its pieces."
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True             # a tile's bytes wait for no acknowledgement of their header
 
     def do_GET(self):
         "The page, a slide's spots, or a tile."

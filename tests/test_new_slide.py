@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -251,6 +252,24 @@ def test_a_slide_that_was_stopped_goes_on_and_gives_the_same_bytes(trained, mine
     assert sum(calls) == n + 64 and calls[:2] == [64, 64]                # only the part it was at is done again
     assert results(tmp_path/"out") == results(tmp_path/"whole")
     assert not (tmp_path/"out"/"mine"/"parts").exists()
+
+
+@pytest.mark.parametrize("changed", ["views", "picture"])
+def test_parts_of_something_else_are_not_gone_on_with(trained, mine, tmp_path, monkeypatch, changed):
+    asked, encode, calls = NewSlide(str(mine)), Predictor.encode, []
+    def stopping(self, dataset):
+        calls.append(len(dataset))
+        if len(calls) == 2: raise Stop
+        return encode(self, dataset)
+    monkeypatch.setattr(Predictor, "encode", stopping)
+    with pytest.raises(Stop): predict_slides(trained, [asked], tmp_path/"out", FEW, maps=1)
+    settings = replace(FEW, views="dihedral") if changed == "views" else FEW
+    if changed == "picture":
+        with open_picture(mine) as slide: pixels, um = slide[:, :], slide.um_per_px
+        write_picture(mine, as_picture(pixels ^ 2, um_per_px=um))      # the same tissue, other bytes
+    predict_slides(trained, [asked], tmp_path/"out", settings, maps=1)
+    predict_slides(trained, [asked], tmp_path/"whole", settings, maps=1)
+    assert results(tmp_path/"out") == results(tmp_path/"whole")
 
 
 def test_what_changed_is_done_again_and_nothing_else(trained, mine, tmp_path, monkeypatch):

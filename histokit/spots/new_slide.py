@@ -17,7 +17,7 @@ from scipy.ndimage import uniform_filter
 import numpy as np
 import pandas as pd
 
-from ..core.files import atomic, make_dir, read_json, sha256_of, write_json
+from ..core.files import atomic, file_fingerprint, make_dir, read_json, sha256_of, write_json
 from ..core.hdf5 import number_attribute, open_h5, reading, text_attribute
 from ..core.pictures import open_picture
 from ..core.pixels import Picture, as_rgb, check_range
@@ -53,6 +53,12 @@ class NewSlide:
         if not self.name: object.__setattr__(self, "name", _name_of(self.path))
         bad = self.name in (".", "..") or any(c in self.name for c in "/\\\0")
         if bad: raise BadInput(f"'{self.name}' cannot name the folder of a slide; give it a name without / and \\")
+
+    @property
+    def file(self)->Path:
+        "Where its pixels are read from."
+        place = slide_in_file(self.path)
+        return place[0] if place else Path(self.path)
 
 @dataclass(frozen=True)
 class NewSlideSettings:
@@ -428,7 +434,8 @@ def predict_new_slide(
         placed = place_spots(slide, tissue, predictor, spec.spots, settings)
         view = trained_view(slide, predictor, settings.tile_mb)
         spots, size = placed.spots, (slide.height, slide.width)
-        asked = sha256_of(key, spots[["x", "y"]].to_numpy(), [slide.um_per_px, settings.chunk, *size])
+        made_with = [slide.um_per_px, settings.chunk, settings.views, settings.amp, *size]
+        asked = sha256_of(key, file_fingerprint(spec.file), spots[["x", "y"]].to_numpy(), made_with)
         patches = spot_patches(view, spots, predictor)
         encoded = encode_spots(predictor, patches, len(spots), folder, asked, settings.chunk)
         answer = predictor.answer(spots, encoded, placed.smooth_px, size)

@@ -229,6 +229,21 @@ def test_the_queue_drafts_with_the_sample_where_training_did(crops, tmp_path):
             assert seen == pytest.approx(want.features, abs=1e-3) and seen != pytest.approx(other.features, abs=1e-3)
 
 
+def test_a_crop_that_cannot_be_read_spoils_no_map_of_its_sample(crops, tmp_path):
+    "As it spoils no draft: it is left out."
+    from histokit.review.queue import draw_attention
+    asked = replace(QUICK, stain="macenko", stain_by="sample")
+    train_scorer(crops[:15], PANCREAS, asked, tmp_path/"sample.safetensors", QUIET)
+    first, second, *_ = crops[crops.group == crops.group[0]].path
+    (tmp_path/"cut.tif").write_bytes(b"II*\0")
+    maps = []
+    for name, others in dict(whole=[second], cut=[second, tmp_path/"cut.tif"]).items():
+        out = str(tmp_path/f"{name}.png")
+        draw_attention(str(tmp_path/"sample.safetensors"), str(first), "atrophy", out, (96, 96), others=others)
+        maps.append(np.asarray(Image.open(out)))
+    assert np.array_equal(*maps)
+
+
 # --- codes and cuts --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ORDINAL_CODES)

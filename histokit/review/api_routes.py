@@ -243,8 +243,9 @@ def attention_map(request: Request, number: int, measure: str):
         raise Refused(403, "score every measure first: this study shows the model's view afterwards")
     if not row.file: raise NotThere(f"the file of {row.name} is not in this study; upload it")
     path = map_path(store, model.version, row.file, measure)
-    model_file, picture, *others = (str(store.folder/f) for f in (model.file, row.file, *store.files_beside(row.id)))
     if not path.exists():
+        files = (str(store.folder/f) for f in (model.file, row.file, *store.files_beside(row.id)))
+        model_file, picture, *others = files
         _review(request).draw(model_file, picture, measure, str(path), (row.width, row.height), others=others)
     return _kept(request, path.read_bytes(), "image/png")
 

@@ -68,12 +68,12 @@ class Drafter:
         return self._scorer
 
     def _beside(self, scorer, files):
-        "Squares of a sample's other crops, where the stain is measured over them; what cannot be read is left out."
+        "Squares of a sample's other crops, where the stain is measured over them."
         if not scorer.by_sample: return []
         if len(self._squares) > _MOST_SQUARES: self._squares.clear()
-        for file in set(files) - set(self._squares):
-            with contextlib.suppress(BadInput, OSError): self._squares[file] = scorer.square(self.store.folder/file)
-        return [self._squares[file] for file in files if file in self._squares]
+        paths = [self.store.folder/file for file in files]
+        self._squares |= _readable_squares(scorer, [path for path in paths if path not in self._squares])
+        return [self._squares[path] for path in paths if path in self._squares]
 
     def draft(self, file: str, others=())->tuple:
         "Scores of a file, its sample's `others` beside it, and the model's version; ({}, None) without a model."
@@ -86,6 +86,13 @@ class Drafter:
         return {m: by_key[m].nearest(v) for m, v in draft.items() if m in by_key}, self.version
 
 _MOST_SQUARES = 400      # small copies of crops that are kept: some 60 MB
+
+def _readable_squares(scorer, paths)->dict:
+    "File -> its picture as a square; what cannot be read is left out."
+    found = {}
+    for path in paths:
+        with contextlib.suppress(BadInput, OSError): found[path] = scorer.square(path)
+    return found
 
 class _Renewing(Background):
     "While the block runs the lease is renewed."
@@ -237,7 +244,7 @@ def draw_attention(
     from PIL import Image
     from histokit.review.scorer import Scorer
     scorer = Scorer.load(model)
-    beside = [scorer.square(path) for path in others] if scorer.by_sample else []
+    beside = list(_readable_squares(scorer, others).values()) if scorer.by_sample else []
     seen = scorer.attention(picture, measure, beside)
     seen = np.clip(seen / max(np.quantile(seen, .99), 1e-9), 0, 1)      # one bright spot would leave the rest dark
     colour = np.stack([255 * seen**.5, 90 * seen, 40 * (1 - seen), 220 * seen], -1).astype(np.uint8)

@@ -7,7 +7,7 @@ __all__ = ['PYTHONS', 'Expectation', 'expectation', 'open_competition', 'own_com
            'Scored', 'wait_for_score', 'download_wheels', 'share_wheels']
 
 # %% ../nbs/kaggle_submit.ipynb #7a72dd19
-import json, re, subprocess, sys, time
+import json, re, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core.files import make_dir, write_json
 from .core.text import BadInput, one_line, some_of
-from .kaggle_client import Kaggle, KernelRef, NoAnswer, about_kernel
+from .kaggle_client import COMPETITIONS, Kaggle, KernelRef, NoAnswer, about_kernel, all_pages, ask_again
 from .kaggle_watch import check_answer_file, is_answer
 from .learn.ladder import rungs_of, score_column
 
@@ -59,7 +59,7 @@ def open_competition(
 ):                        # the client's ApiCompetition
     "What Kaggle says of a competition; `BadInput` where nothing can be handed in now."
     from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
-    request, page = ApiGetCompetitionRequest(), f"https://www.kaggle.com/competitions/{slug}"
+    request, page = ApiGetCompetitionRequest(), f"{COMPETITIONS}/{slug}"
     request.competition_name = slug
     about = kaggle.send(f"competition {slug}", "competitions.competition_api_client.get_competition", request)
     if not about.ref: raise NoAnswer(f"competition {slug}: Kaggle says nothing of it; look at {page}")
@@ -79,10 +79,11 @@ def own_competition(
     if len(found) == 1: return found[0]
     raise BadInput(f"{ref} is attached to {some_of(found) or 'no competition'}; name one: --competition SLUG")
 
+def _submissions_page(competition): return f"{COMPETITIONS}/{competition}/submissions"
+
 def _accepted(kaggle, reply, what, competition):
     "The number of a new submission."
-    failed = kaggle.api.COMPETITION_SUBMIT_UPLOAD_FAILED_MESSAGE
-    page = f"https://www.kaggle.com/competitions/{competition}/submissions"
+    failed, page = kaggle.api.COMPETITION_SUBMIT_UPLOAD_FAILED_MESSAGE, _submissions_page(competition)
     if reply.message == failed: raise BadInput(f"{what} was not handed in: its upload failed; try again")
     if reply.ref: return reply.ref
     said = f" ({one_line(reply.message)})" if reply.message else ""
@@ -93,7 +94,7 @@ def _hand_in(kaggle, what, competition, call, *args, **kwargs):
     try: reply = kaggle.ask(f"handing in {what}", call, *args, seconds=5 * kaggle.seconds, **kwargs)
     except NoAnswer as e:
         if e.refused: raise
-        page = f"https://www.kaggle.com/competitions/{competition}/submissions"
+        page = _submissions_page(competition)
         raise BadInput(f"{e}; it may count all the same: look at {page} before trying again") from None
     return _accepted(kaggle, reply, what, competition)
 
@@ -151,20 +152,14 @@ def wait_for_score(
     minutes: float = 30.,
 )->Scored:
     "Wait for a submission's score; `BadInput` where it is refused, or not there in time."
-    page, until = f"https://www.kaggle.com/competitions/{competition}/submissions", time.monotonic() + 60 * minutes
-    while True:
-        try: found = _of_number(kaggle, competition, number)
-        except NoAnswer as e:
-            if e.refused: raise
-            found = say(f"{e}; asking again")
+    page = _submissions_page(competition)
+    for found in ask_again(lambda: _of_number(kaggle, competition, number), say, every, minutes):
         state = found.status.name if found else "PENDING"
         if state == "COMPLETE": return Scored(number, found.public_score, found.private_score)
         if state == "ERROR":
             why = one_line(found.error_description) or "no reason given"
             raise BadInput(f"submission {number} was refused: {why}; {page}")
-        if time.monotonic() >= until:
-            raise BadInput(f"submission {number} has no score after {minutes:g} min; it stays at {page}")
-        time.sleep(every)
+    raise BadInput(f"submission {number} has no score after {minutes:g} min; it stays at {page}")
 
 # %% ../nbs/kaggle_submit.ipynb #fe1d1bff
 PYTHONS = ("3.12", "3.13")          # Kaggle's image, and the next one
@@ -202,12 +197,8 @@ def _dataset_state(kaggle, ref):
 
 def _dataset_files(kaggle, ref):
     "Name -> bytes of the files in a dataset."
-    found, tokens = {}, [""]
-    while tokens[-1] not in tokens[:-1]:
-        reply = kaggle.ask(f"files of {ref}", kaggle.api.dataset_list_files, ref, tokens[-1] or None, 100)
-        found |= {f.name: f.total_bytes for f in reply.files or ()}
-        tokens.append(reply.next_page_token or "")
-    return found
+    page = lambda token: kaggle.ask(f"files of {ref}", kaggle.api.dataset_list_files, ref, token or None, 100)
+    return {f.name: f.total_bytes for reply in all_pages(page) for f in reply.files or ()}
 
 def _upload(kaggle, ref, folder, is_new):
     "A new dataset, or a new version of it."
@@ -220,16 +211,12 @@ def _upload(kaggle, ref, folder, is_new):
 
 def _await_dataset(kaggle, ref, after, every, minutes, say):
     "Wait until a version newer than `after` is ready."
-    until, page = time.monotonic() + 60 * minutes, f"https://www.kaggle.com/datasets/{ref}"
-    while True:
-        try: state, version = _dataset_state(kaggle, ref) or ("not there yet", 0)
-        except NoAnswer as e:
-            if e.refused: raise
-            state, version = say(f"{e}; asking again"), 0
+    page = f"https://www.kaggle.com/datasets/{ref}"
+    for found in ask_again(lambda: _dataset_state(kaggle, ref), say, every, minutes):
+        state, version = found or ("not there yet", 0)
         if state == "ready" and version > after: return
         if state == "failed": raise BadInput(f"Kaggle could not unpack {ref}; look at {page}")
-        if time.monotonic() >= until: raise BadInput(f"{ref} is not ready after {minutes:g} min; look at {page}")
-        time.sleep(every)
+    raise BadInput(f"{ref} is not ready after {minutes:g} min; look at {page}")
 
 def share_wheels(
     kaggle: Kaggle,

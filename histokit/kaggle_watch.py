@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from .core.files import atomic, content_of, read_json
 from .core.submission import check_submission, form_of_template, read_submission
 from .core.text import BadInput, some_of
-from .kaggle_client import Kaggle, KernelRef, NoAnswer, no_answer
+from .kaggle_client import Kaggle, KernelRef, NoAnswer, all_pages, no_answer
 
 # %% ../nbs/kaggle_watch.ipynb #689cfcd9
 _OVER = ("COMPLETE", "ERROR", "CANCEL_ACKNOWLEDGED")
@@ -159,16 +159,15 @@ def list_outputs(
 )->Outputs:
     "All files that a version left, over all pages of the list, and its log."
     from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
-    files, log, tokens = {}, "", [""]
-    while tokens[-1] not in tokens[:-1]:
+    def page(token):
+        "One page of the list."
         request = ref.fill(ApiListKernelSessionOutputRequest())
         request.page_size = 100
-        if tokens[-1]: request.page_token = tokens[-1]
-        reply = kaggle.send(f"files of {ref}", "kernels.kernels_api_client.list_kernel_session_output", request)
-        files |= {f.file_name: f.url for f in reply.files or ()}
-        log = log or reply.log or ""
-        tokens.append(reply.next_page_token or "")
-    return Outputs(files, log)
+        if token: request.page_token = token
+        return kaggle.send(f"files of {ref}", "kernels.kernels_api_client.list_kernel_session_output", request)
+    replies = list(all_pages(page))
+    files = {f.file_name: f.url for reply in replies for f in reply.files or ()}
+    return Outputs(files, next((reply.log for reply in replies if reply.log), ""))
 
 # %% ../nbs/kaggle_watch.ipynb #e7da051d
 _KINDS = {".png": "a PNG picture", ".parquet": "a Parquet table", ".h5": "an HDF5 file", ".hdf5": "an HDF5 file",

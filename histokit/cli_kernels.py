@@ -13,15 +13,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from .cli import Json, Params, Texts, answer_findings, app, command, run_around, say
+from .cli import AGAIN, GROUP, Json, Params, Texts, answer_findings, app, command, run_around, say
 from .core.stop import at_stop
 from .core.text import BadInput
 
 # %% ../nbs/cli_kernels.ipynb #b3cd1a3d
-_group = dict(no_args_is_help=True, context_settings=dict(help_option_names=["-h", "--help"]), rich_markup_mode=None)
-kernels = typer.Typer(**_group, help="Kaggle kernels: build, check, push, watch, fetch, submit; wheels for them.")
+kernels = typer.Typer(**GROUP, help="Kaggle kernels: build, check, push, watch, fetch, submit; wheels for them.")
 app.add_typer(kernels, name="kernels")
-_AGAIN = "may be given several times"
 _Folder = Annotated[Path, typer.Argument(help="a kernel's folder, or the kernels' folder")]
 _KERNELS = Path("kaggle_kernels")
 
@@ -34,8 +32,8 @@ def kernels_build(
     username: Annotated[str, typer.Option(help="of the Kaggle account; else $KAGGLE_USERNAME")] = "",
     param: Params = None,
     weights: Annotated[str, typer.Option(help="none, package, or a file's name in an input given below")] = "",
-    dataset: Annotated[Texts, typer.Option(help=f"owner/name; {_AGAIN}")] = None,
-    model: Annotated[Texts, typer.Option(help=f"owner/model/framework/variation/version; {_AGAIN}")] = None):
+    dataset: Annotated[Texts, typer.Option(help=f"owner/name; {AGAIN}")] = None,
+    model: Annotated[Texts, typer.Option(help=f"owner/model/framework/variation/version; {AGAIN}")] = None):
     "Build a Kaggle kernel: one notebook that carries the package, trains and submits."
     from histokit.kaggle import build_kernel
     mounted = dict(competition=competition, datasets=tuple(dataset or ()), models=tuple(model or ()))
@@ -135,7 +133,7 @@ _Competition = Annotated[str, typer.Option(help="its slug; of a kernel, else the
 def kernels_fetch(
     kernel: _Kernel = str(_KERNELS),
     out: Annotated[Optional[Path], typer.Option("-o", "--out", help="folder; else runs/kaggle/KERNEL-VERSION")] = None,
-    file: Annotated[Texts, typer.Option(help=f"a name or pattern; submission.csv if not given; {_AGAIN}")] = None,
+    file: Annotated[Texts, typer.Option(help=f"a name or pattern; submission.csv if not given; {AGAIN}")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace files that are there")] = False,
     timeout: _Timeout = 60., as_json: Json = False):
     "Get files of a version that is complete: only what is asked for, each whole and of its kind."

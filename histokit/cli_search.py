@@ -11,12 +11,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from .cli import Json, Texts, app, command, say
+from .cli import GROUP, Json, Texts, app, command, say
 from .core.text import BadInput
 
 # %% ../nbs/cli_search.ipynb #0326b4d8
-_group = dict(no_args_is_help=True, context_settings=dict(help_option_names=["-h", "--help"]), rich_markup_mode=None)
-search = typer.Typer(**_group, help="Similar cases: make an index of pictures or spots, ask it, and measure it.")
+search = typer.Typer(**GROUP, help="Similar cases: make an index of pictures or spots, ask it, and measure it.")
 app.add_typer(search, name="search")
 _ABOUT_INDEX = "a folder, or milvus:http://HOST:19530/NAME, or milvus:FILE.db"
 _ABOUT_EMBEDDER = "timm:NAME, open_clip:ARCHITECTURE/TAG, open_clip:FOLDER, biomedclip or a pathology encoder"

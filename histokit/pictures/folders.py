@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.submission import AnswerForm, form_of_template
-from ..core.table import read_text_table
+from ..core.table import TABLE_ENDINGS, read_text_table
 from ..core.text import BadInput, did_you_mean, some_of
 from .labels import parse_labels
 from .naming import (
@@ -141,11 +141,9 @@ def _label_names(table, names, settings, where):
     raise BadInput(f"{where}: no column is clearly the label ({some_of(table.columns, 8)}); {mend}")
 
 # %% ../../nbs/pictures/folders.ipynb #abb0a2d2
-_TABLES = (".csv", ".tsv", ".parquet")
-
 def _tables(root):
     "The tables that lie in a folder itself."
-    return sorted(p for p in root.iterdir() if p.suffix.lower() in _TABLES and not p.name.startswith("."))
+    return sorted(p for p in root.iterdir() if p.suffix.lower() in TABLE_ENDINGS and not p.name.startswith("."))
 
 def _is_template(path): return bool(re.search(r"(?i)submission|submit", path.name))
 def _is_metadata(path): return path.stem.lower().startswith("meta")

@@ -19,7 +19,7 @@ from ..core.contrast import as_bytes
 from ..core.files import content_of, file_fingerprint, file_sha256, sha256_of
 from ..core.pictures import read_stored
 from ..core.pixels import as_rgb
-from ..core.table import read_text_table
+from ..core.table import TABLE_ENDINGS, read_text_table
 from ..core.text import BadInput, did_you_mean
 from ..pictures.folders import RESERVED_COLUMNS, find_pictures, folder_split, name_column
 from ..pictures.naming import PictureNames, guess_pattern, list_pictures, parts_of_names
@@ -224,8 +224,6 @@ class SpotSource:
         return sha256_of(self.um, file_fingerprint(self.path))
 
 # %% ../../nbs/retrieval/sources.ipynb #452148ea
-_TABLES = (".csv", ".tsv", ".parquet")
-
 def open_source(
     path,                # a folder or table of pictures, or an HDF5 file of slides
     um: float = 200.,    # spots: side of the square around one, in micrometres
@@ -236,7 +234,7 @@ def open_source(
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise BadInput(f"{path} does not exist{did_you_mean(path.name, beside)}; give a folder of pictures, or slides")
-    if path.is_dir() or path.suffix.lower() in _TABLES: return picture_source(path, settings)
+    if path.is_dir() or path.suffix.lower() in TABLE_ENDINGS: return picture_source(path, settings)
     what = content_of(path)[0]
     if what == "an HDF5 file": return SpotSource(path, um)
     what = what or "no file of a known kind"

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..core.files import content_of, make_dir, read_error, write_error
 from ..core.pictures import open_picture, picture_size
 from ..core.text import BadInput, one_line
+from ..core.wsi import SLIDE_ENDINGS
 from .naming import clean_name
 from .store import Store
 from .store_images import NewFile
@@ -240,11 +241,10 @@ def pictures_in(
     "The files of a folder that have a picture's ending, those of its folders too; `BadInput` where there is none."
     folder = Path(folder)
     if not folder.is_dir(): raise BadInput(f"{folder} is no folder on this machine; check the path")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _ENDINGS and p.is_file() and p.name[0] != ".")
+    own = lambda p: p.suffix.lower() in SLIDE_ENDINGS and p.is_file() and p.name[0] != "."
+    found = sorted(filter(own, folder.rglob("*")))
     if not found: raise BadInput(f"{folder} has no TIFF, PNG or JPEG in it")
     return found
-
-_ENDINGS = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".svs")
 
 def keep_folder(
     store: Store,

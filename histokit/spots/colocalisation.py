@@ -19,6 +19,7 @@ import pandas as pd
 from ..core.text import BadInput
 from ..learn.scores import row_ranks
 from .cards import draw_spots, thumbnail
+from .maps import draw_tissue, drawn_width
 
 # %% ../../nbs/spots/colocalisation.ipynb #b805373e
 def level_free(
@@ -195,10 +196,7 @@ def show_niches(
 def _draw_niches(ax, factory, name, here, niches, spots):
     "One slide."
     info, label = factory.slides[name], niches.label[spots.slide.eq(name).to_numpy()]
-    edge = (-.5, info.width - .5, info.height - .5, -.5)
-    ax.imshow(np.asarray(thumbnail(factory, name, 300, dots=False)), extent=edge, alpha=.4)
-    ax.set(xticks=[], yticks=[])
+    draw_tissue(ax, thumbnail(factory, name, 300, dots=False), info, alpha=.4)
     ax.set_title(name[:24], fontsize=8)
-    size = .9 * info.pitch_px if np.isfinite(info.pitch_px) else max(info.width, info.height) / 60
     colours = [NICHE_COLOURS[k % 8] for k in label]
-    draw_spots(ax, here[["x", "y"]].to_numpy(float), size, facecolors=colours, lw=0)
+    draw_spots(ax, here[["x", "y"]].to_numpy(float), drawn_width(info), facecolors=colours, lw=0)

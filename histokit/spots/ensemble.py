@@ -24,8 +24,7 @@ from ..learn.scores import mean_spearman, row_ranks
 from .finish import reordered
 from .ladder import PER_SPOT, spot_ladder, standard_rungs
 from .lattice import neighbour_labels
-from .results import ROW_KEYS, check_same_data, read_run
-from .run_figures import submitted_amounts
+from .results import ROW_KEYS, check_same_data, held_out_amounts, read_run, submitted_amounts
 from .splits import slide_blocks
 
 # %% ../../nbs/spots/ensemble.ipynb #fdcd477c
@@ -103,14 +102,6 @@ class Members:
     test: np.ndarray         # (M, m, T) amounts of the test spots
     targets: list
 
-def _final_answers(run, result):
-    "(n, T) a run's held-out amounts, in the order of its result."
-    table = run.table("oof_final.parquet", "04_tta_smoothing")
-    both = result.spots[["slide", "ID"]].merge(table, on=["slide", "ID"], how="left")
-    values = both.reindex(columns=result.targets).to_numpy(float)
-    if np.isfinite(values).all(): return values
-    raise BadInput(f"{run.path}: oof_final.parquet lacks spots or targets; run its stage 04_tta_smoothing again")
-
 def _test_answers(run, targets):
     "(m, T) a run's submission, checked against its own spots."
     return submitted_amounts(run, int(run.table("spots.parquet", "00_data").split.eq("Test").sum()), targets)
@@ -135,8 +126,7 @@ def read_members(
     check_same_data(results)
     _check_test_spots(runs)
     first = results[0]
-    held_out = np.stack([_final_answers(run, r)[:, [r.targets.index(t) for t in first.targets]]
-        for run, r in zip(runs, results)])
+    held_out = np.stack([held_out_amounts(run, first.spots, first.targets) for run in runs])
     test = np.stack([_test_answers(run, first.targets) for run in runs])
     names = [r.name for r in results]
     names = names if len(set(names)) == len(names) else [str(f) for f in folders]

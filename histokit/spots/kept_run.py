@@ -65,10 +65,9 @@ class KeptRun:
         missing = sorted(names - set(found))
         if missing:
             raise BadInput(f"{run/_KEPT} is damaged: {', '.join(missing)} missing; run its stage 03_train again")
-        kept = cls(**{name: found[name] for name in names})
         unknown = {name: np.nan for name in ("um_per_px", "pitch_um") if found[name] is None}
-        _check_files(run, kept.files)
-        return cls(**{name: getattr(kept, name) for name in names} | unknown)
+        _check_files(run, found["files"])
+        return cls(**{name: found[name] for name in names} | unknown)
 
 def _nothing_kept(run):
     "Why a folder cannot answer new slides."

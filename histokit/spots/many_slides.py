@@ -23,9 +23,9 @@ from ..core.processes import Job, side_by_side
 from ..core.progress import Passing, announce, duration
 from ..core.runs import run_lock
 from ..core.settings import within
-from ..core.table import is_missing, number_column, read_text_table
+from ..core.table import TABLE_ENDINGS, is_missing, number_column, read_text_table
 from ..core.text import BadInput, did_you_mean, one_line, some_of
-from ..core.wsi import SCANNER_ENDINGS
+from ..core.wsi import SCANNER_ENDINGS, SLIDE_ENDINGS
 from ..learn.devices import own_device
 from .kept_run import KEPT_FOLDER
 from .layout import slide_paths
@@ -35,8 +35,7 @@ from .slide_outputs import write_outputs
 from .stain_files import HDF5_ENDINGS
 
 # %% ../../nbs/spots/many_slides.ipynb #4efd2b0d
-_PICTURES = (".tif", ".tiff", ".svs", ".png", ".jpg", ".jpeg", *SCANNER_ENDINGS)
-_TABLES = (".csv", ".tsv", ".txt", ".parquet")
+_PICTURES, _TABLES = (*SLIDE_ENDINGS, *SCANNER_ENDINGS), (*TABLE_ENDINGS, ".txt")
 _COLUMNS = ("path", "name", "um_per_px", "spots", "patient")
 
 def _slides_of_folder(folder, given):
@@ -135,8 +134,7 @@ class SlideJobs:
 
     def key_of(self, slide)->str:
         "A hash of what the results of a slide depend on."
-        place = slide_in_file(slide.path)
-        files = [place[0] if place else slide.path, *([slide.spots] if slide.spots not in ("", "file") else [])]
+        files = [slide.file, *([slide.spots] if slide.spots not in ("", "file") else [])]
         settings = {k: v for k, v in asdict(self.settings).items() if k not in ("device", "tile_mb")}
         known = {k: v for k, v in asdict(slide).items() if k not in ("path", "spots")}
         return sha256_of(self.key, known, settings, self.maps, *map(file_fingerprint, files))

@@ -14,11 +14,13 @@ import numpy as np
 from ..core.checks import Finding, html_findings
 from ..core.files import write_text
 from ..core.page import Html, escaped, html_figure, html_gallery, html_table, page
+from .answers import CHOICES
 from .colocalisation import colocalise, find_niches, level_free, show_colocalisation, show_niches
 from .contributions import contributions
+from .maps import telling_types
 from histokit.spots.run_figures import (
     AnsweredSpots, calibration_slope, median_slide, read_answered, show_rank_calibration, show_type_maps, spot_pictures,
-    telling_types, worst_rows)
+    worst_rows)
 from .uncertainty import show_spread, spread_verdict
 
 # %% ../../nbs/spots/run_report.ipynb #23cf793c
@@ -29,8 +31,7 @@ def _interval(row):
 
 def _used_rung(metrics):
     "The rung whose way made the submission."
-    ways = {"blend": "+ chosen out of fold", "by_type": "+ smoothing by type or look"}
-    used = [name for key, name in ways.items() if (metrics.get(key) or {}).get("used")]
+    used = [name for key, name in CHOICES.items() if (metrics.get(key) or {}).get("used")]
     last = used[0] if used else "+ smoothing"
     return next(row for row in metrics["oof"] if row["name"] == last)
 

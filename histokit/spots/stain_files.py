@@ -21,6 +21,7 @@ from ..core.pixels import as_rgb, check_range, tiles
 from ..core.progress import track
 from ..core.runs import RunFolder
 from ..core.text import BadInput, choose, did_you_mean, say_once, some_of
+from ..core.wsi import SLIDE_ENDINGS
 from .layout import slide_paths
 from .settings import StainSettings
 from .slides import DataFactory
@@ -145,10 +146,9 @@ def stain_picture(
     return report | (dict(notes=list(picture.notes)) if picture.notes else {})
 
 # %% ../../nbs/spots/stain_files.ipynb #73e65db9
-_PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".svs")
 _OTHERS = (".webp", ".bmp", ".gif", ".jp2", ".ndpi", ".scn", ".mrxs", ".czi", ".vsi", ".bif")      # left, and said
 
-_NOT_FROM_FOLDERS = f"of a folder only {', '.join(_PICTURES)} are read"
+_NOT_FROM_FOLDERS = f"of a folder only {', '.join(SLIDE_ENDINGS)} are read"
 
 def _stain_or_report(normaliser, path, path_out, tile):
     "The report of a picture, also where it cannot be read."
@@ -177,9 +177,9 @@ def stain_folder(
     tile: int = 512,
 )->dict:          # file name -> report; `written` is False where there was no picture to be had
     "Repaint all pictures of a folder to one reference."
-    found = sorted(p for p in Path(folder_in).iterdir() if p.suffix.lower() in _PICTURES)
+    found = sorted(p for p in Path(folder_in).iterdir() if p.suffix.lower() in SLIDE_ENDINGS)
     paths = [p for p in found if not p.name.startswith(".")]
-    if not paths: raise BadInput(f"{folder_in} holds no picture ({', '.join(_PICTURES)})")
+    if not paths: raise BadInput(f"{folder_in} holds no picture ({', '.join(SLIDE_ENDINGS)})")
     if Path(folder_out).resolve() == Path(folder_in).resolve():
         raise BadInput(f"{folder_out} is where the pictures come from; choose another folder for the results")
     out = make_dir(folder_out)

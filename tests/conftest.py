@@ -2,6 +2,7 @@
 import os
 import shutil
 import signal
+import tempfile
 
 # nohup and & start a program that ignores Ctrl-C, and so would the programs that the tests stop with it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -9,6 +10,20 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # threads that spin while 
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
+
+
+def pytest_configure(config):
+    "What the tests write beside pytest's own folders lies in one folder, which goes when they end."
+    if hasattr(config, "workerinput"): return                              # a worker has it from the one who started it
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest keeps what a failed test left
+    config.own_folder = tempfile.mkdtemp(prefix="histokit-tests-")
+    os.chmod(config.own_folder, 0o711)                                     # PostgreSQL runs as another user
+    os.environ["TMPDIR"], tempfile.tempdir = config.own_folder, None
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "own_folder"): shutil.rmtree(config.own_folder, ignore_errors=True)
+
 
 # the least that runs every stage
 SMOKE = ["epochs=4", "stain_method=macenko", "views=none", "input_px=32", "smoothing=1"]

@@ -2,7 +2,12 @@
 # Every gate that a change must pass; pytest comes last, so that its closing line closes the output.
 set -euo pipefail
 step() { printf '\n== %s\n' "$*"; }
+# Whatever the gates write lies in one folder, which goes when they end; PostgreSQL runs as another user, who must get through.
 tmp=$(mktemp -d); trap 'rm -rf "$tmp"' EXIT
+trap 'exit 130' INT TERM
+mkdir -m 711 "$tmp/tmp"; chmod 711 "$tmp"; export TMPDIR="$tmp/tmp"
+free=$(df -Pk "$tmp" | awk 'NR == 2 {print int($4 / 1024)}')
+[ "$free" -ge "${LEAST_MB:=6000}" ] || { echo "the gates write up to $LEAST_MB MB into $(dirname "$tmp"), and $free MB are free; free some space, or name another folder: make test TMPDIR=FOLDER" >&2; exit 1; }
 content() { find nbs histokit -type f \( -name '*.ipynb' -o -name '*.py' \) -not -path '*checkpoint*' -print0 | sort -z | xargs -0 sha256sum; }
 
 step "nbdev_clean changes nothing"

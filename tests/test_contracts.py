@@ -128,6 +128,30 @@ def test_a_stage_needs_nothing_of_the_story(stage):
     assert used <= bound, sorted(used - bound)
 
 
+def imported_at_the_top(text):
+    "The first names of what a source imports outside functions, classes and `try`."
+    found = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import): found |= {alias.name.partition(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and not node.level: found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"histokit"}
+
+
+EVERY_STAGE = sorted({stage for task in TASKS.values() for stage in task.names()})
+
+
+@pytest.mark.parametrize("stage", EVERY_STAGE)
+def test_a_stage_imports_only_what_the_package_declares(stage):
+    "Whoever installs the package alone, without what developers use, can execute every stage as it is."
+    declared = tomllib.loads((ROOT/"pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.match(r"[\w-]+", line)[0].lower() for line in declared}
+    names |= {"matplotlib_inline", "ipython"} if "ipykernel" in names else set()       # it declares these two
+    modules = dict(yaml="pyyaml", PIL="pillow", sklearn="scikit-learn", IPython="ipython")
+    code = "\n".join("".join(c["source"]) for c in cells(assets("nbs")/f"{stage}.ipynb") if c["cell_type"] == "code")
+    unknown = {m for m in imported_at_the_top(code) if modules.get(m, m).lower() not in names}
+    assert not unknown, f"{stage} imports {unknown}, which nothing declares"
+
+
 def test_package_imports_light():
     "What only notebooks, papermill or Kaggle need is not imported with the package."
     unwanted = ("nbdev", "fastcore", "papermill", "kaggle", "staintools", "torchsort", "matplotlib.pyplot", "fastapi",

@@ -14,7 +14,10 @@ COPY histokit histokit
 COPY nbs nbs
 COPY params params
 COPY --from=page /src/web/dist web/dist
-RUN pip install --no-cache-dir -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu -e '.[review,postgres]'
+# TORCH_INDEX: the index of PyTorch's builds for processors only, which saves about 5 GB (docker build --build-arg TORCH_INDEX=URL)
+ARG TORCH_INDEX=
+RUN pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url $TORCH_INDEX} torch torchvision \
+ && pip install --no-cache-dir -c constraints.txt -e '.[review,postgres]'
 USER histokit
 VOLUME /study
 EXPOSE 8700

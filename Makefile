@@ -10,7 +10,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 export PYTHONUNBUFFERED := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help docs fuzz web review install demo test test-all run lab notebooks readme kernels bench gpu export clean-all
+.PHONY: help docs package fuzz web review install demo test test-all run lab notebooks readme kernels bench gpu export clean-all
 .DEFAULT_GOAL := help
 
 help:            ## list the targets
@@ -59,6 +59,9 @@ docs: install    ## the documentation site from the notebooks as they are saved:
 
 kernels: install ## build the Kaggle kernels
 	@$(BIN)/histokit kernels build
+
+package: install ## wheel and sdist, each tried in an empty environment of every Python that is here
+	@BIN="$(BIN)" tools/package.sh
 
 bench: install   ## measure speed, as ratios to the named alternatives
 	@for f in bench/bench_*.py; do echo "== $$f"; $(BIN)/python $$f; done

@@ -5,9 +5,15 @@ venv=$1
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "histokit needs Python 3.11 or newer; $("$python" --version) found. Give one with: make PYTHON=python3.12" >&2; exit 1; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+# uv, where it is there, does the same in a third of the time; it reads UV_INDEX_URL and not pip's own settings. INSTALLER=pip or uv decides.
+installer=${INSTALLER:-$(command -v uv >/dev/null && echo uv || echo pip)}
+case $installer in
+  uv) pip=(uv pip install --quiet --python "$venv/bin/python") ;;
+  pip) pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet) ;;
+  *) echo "INSTALLER=$installer is neither pip nor uv" >&2; exit 1 ;;
+esac
 
-echo "installing into $venv (a few minutes the first time)"
+echo "installing into $venv with $installer (a few minutes the first time)"
 "${pip[@]}" --upgrade pip setuptools wheel
 # torch and torchvision go first and together, so that they match each other; torchsort compiles against the torch that is there.
 # TORCH_INDEX: another index for these two, such as the one with builds for processors only.

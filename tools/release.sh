@@ -12,7 +12,7 @@ version=${1:-}; how=${2:-}
 [ -z "$(git status --porcelain)" ] || stop "these are not committed: $(git status --porcelain | head -5 | awk '{print $2}' | paste -sd ' '); commit or remove them"
 [ "$(git branch --show-current)" = main ] || stop "this is branch $(git branch --show-current); release from main"
 ! git rev-parse -q --verify "refs/tags/v$version" >/dev/null || stop "v$version is there already; choose the next version"
-if git rev-parse -q --verify '@{upstream}' >/dev/null; then
+if git rev-parse -q --verify '@{upstream}' >/dev/null 2>&1; then
   [ "$(git rev-parse HEAD)" = "$(git rev-parse '@{upstream}')" ] || stop "main and $(git rev-parse --abbrev-ref '@{upstream}') differ; pull and push first"
 fi
 says() { grep -qE "$2" "$1" || stop "$1 does not say $version; write it there ($3)"; }

@@ -1,6 +1,6 @@
 """What finished runs cost: time, memory and disk, from what each run folder says of itself, into one table.
 
-    python bench/measure_recipes.py RUN [RUN …] [--out nbs/measured/recipes.csv] [--venv .venv]
+    python bench/measure_recipes.py [RUN …] [--out nbs/measured/recipes.csv] [--venv .venv]
 
 A row a recipe and data file; a row that is there already is replaced. Runs that were resumed are refused, since their
 stages were not all timed on one day. Measure on a machine that does nothing else. With --venv, the disk that an
@@ -30,6 +30,9 @@ def slide_count(path):
         return len(tables), sum(len(t) for t in tables)
 
 
+CUDA = ("nvidia", "triton")      # what PyTorch's usual build brings for GPUs, beside itself
+
+
 def row_of(run):
     "What a finished run says of itself."
     about = read_json(Path(run)/"run.json")
@@ -44,13 +47,17 @@ def row_of(run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+")
+    parser.add_argument("runs", nargs="*")
     parser.add_argument("--out", default="nbs/measured/recipes.csv")
     parser.add_argument("--venv")
     a = parser.parse_args()
     if a.venv:
-        disk = pd.DataFrame(dict(what=[Path(a.venv).name], gb=[round(folder_bytes(a.venv) / GB, 1)]))
+        packages = next(Path(a.venv).glob("lib/python*/site-packages"))
+        cuda = sum(folder_bytes(p) for name in CUDA for p in packages.glob(name))
+        parts = {Path(a.venv).name: folder_bytes(a.venv), "cuda": cuda}
+        disk = pd.DataFrame(dict(what=list(parts), gb=[round(size / GB, 1) for size in parts.values()]))
         write_table(Path(a.out).with_name("install.csv"), disk)
+    if not a.runs: return
     table = pd.DataFrame([row_of(run) for run in a.runs])
     if Path(a.out).exists(): table = pd.concat([pd.read_csv(a.out), table])
     table = table.drop_duplicates(["recipe", "data", "device"], keep="last")

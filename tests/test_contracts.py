@@ -213,7 +213,7 @@ def exports(module):
 
 
 # What the pipeline asks of each task's module.
-TASK_NAMES = {"prepare", "report", "check_settings", "find_data", "check_answer", "needs"}
+TASK_NAMES = {"prepare", "report", "check_settings", "find_data", "open_data", "check_answer", "needs"}
 
 
 def test_no_exported_name_means_two_things():

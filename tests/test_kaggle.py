@@ -140,7 +140,7 @@ def given(root, recipe="resnet18", **settings):
 
 
 PLACES = {name: [layout] for name, layout in zip(("slug", "competitions", "datasets"), LAYOUTS)}
-PLACES |= dict(two=LAYOUTS[:2], none=[])
+PLACES |= dict(one_twice=LAYOUTS[:2], two=[LAYOUTS[0], "another"], none=[])
 
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
@@ -150,9 +150,12 @@ def test_finds_the_data(kernel, tmp_path, places):
     (tmp_path/"input"/"weights"/"features.h5").write_bytes(b"something else")
     names = given(mount(tmp_path, *places), weights="none")
     look = source(kernel, LOOK)
-    if len(places) == 1:
+    if "another" in places:
+        import h5py
+        with h5py.File(tmp_path/"input"/"another"/"slides.h5", "a") as h5: h5.attrs["made"] = "elsewhere"
+    elif places:
         exec(look, names)
-        assert Path(names["data"]["data_path"]) == tmp_path/"input"/places[0]/"slides.h5"
+        assert Path(names["data"]["data_path"]) in [tmp_path/"input"/place/"slides.h5" for place in places]
         return
     with pytest.raises(BadInput) as e: exec(look, names)
     assert all(str(p) in str(e.value) for p in (tmp_path/"input").rglob("slides.h5"))
@@ -395,6 +398,7 @@ def test_which_pictures_are_meant(picture_kernel, tmp_path):
     with pytest.raises(BadInput, match="no folder of labelled pictures.*there: nothing"):
         exec(look, given(tmp_path, recipe, weights="none"))
     for place in ("chests", "datasets/some-one/others"): mount_pictures(tmp_path, place, RECIPES[recipe])
+    next((tmp_path/"input"/"datasets"/"some-one"/"others").rglob("*.png")).unlink()     # else it is one set twice
     with pytest.raises(BadInput, match="2 folders could be.*detach the other input"):
         exec(look, given(tmp_path, recipe, weights="none"))
     exec(look, names := given(tmp_path, recipe, weights="none", competition="chests"))

@@ -56,11 +56,14 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+PYTHON = os.environ.get("HISTOKIT_KAGGLE_PYTHON", sys.executable)      # tools/kaggle_image.sh names that of an image
+
+
 def alone():
     "The beginning of a command that runs Python in a network of its own; [] where the system does not let us."
     unshare = shutil.which("unshare")
     works = unshare and subprocess.run([unshare, "-rn", "true"], capture_output=True).returncode == 0
-    return [unshare, "-rn", sys.executable, "-c", LOOPBACK] if works else []
+    return [unshare, "-rn", PYTHON, "-c", LOOPBACK] if works else []
 
 
 def offline(folder, *args):
@@ -69,10 +72,10 @@ def offline(folder, *args):
     site.mkdir(exist_ok=True)
     (site/"sitecustomize.py").write_text(SITE)
     env = {k: v for k, v in os.environ.items() if k in ("LANG", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")}
-    env |= dict(HOME=str(folder), PYTHONPATH=str(site), PATH=str(Path(sys.executable).parent))
+    env |= dict(HOME=str(folder), PYTHONPATH=str(site), PATH=str(Path(PYTHON).parent))
     env |= dict(JUPYTER_PREFER_ENV_PATH="1", PYTHONDONTWRITEBYTECODE="1", PYTHONWARNINGS="ignore")
     env |= dict.fromkeys(["http_proxy", "https_proxy"], "http://127.0.0.1:9")
-    command = [*alone(), sys.executable, *map(str, args)]
+    command = [*alone(), PYTHON, *map(str, args)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
 
 

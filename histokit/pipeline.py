@@ -8,13 +8,14 @@ __all__ = ['TASKS', 'STAGES', 'PATHS', 'WORDS', 'WAYS', 'Stage', 'Task', 'find_r
            'check_space', 'stage_key', 'data_fingerprint', 'first_key', 'Progress', 'check_asked', 'prepare_asked',
            'run_pipeline', 'run_report']
 
-# %% ../nbs/06_pipeline.ipynb #d6cf90fb
+# %% ../nbs/06_pipeline.ipynb #fde56436
 import contextlib, importlib, re, shutil, time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 
+from .core.budget import clock, run_began
 from .core.checks import Finding, worst_first
 from .core.files import atomic, file_fingerprint, sha256_of
 from .core.notebooks import read_cells, run_notebook, stage_parameters
@@ -23,6 +24,7 @@ from .core.progress import Heartbeat, Screen, duration
 from histokit.core.runs import (RunFolder, StageBook, assets, earlier_seconds, package_fingerprint, remove_unfinished,
     run_lock)
 from .core.stop import at_stop
+from .core.submission import hand_in_at, is_handed_in
 from .core.text import BadInput, choose, comma_parts, did_you_mean, one_line, typed
 
 # %% ../nbs/06_pipeline.ipynb #b86284d5
@@ -265,7 +267,7 @@ def first_key(
     parts = [data, package_fingerprint(), *(file_fingerprint(f) for f in files if f and Path(f).is_file())]
     return sha256_of(*parts)
 
-# %% ../nbs/06_pipeline.ipynb #b08e2521
+# %% ../nbs/06_pipeline.ipynb #149772cd
 @dataclass
 class Progress:
     "How a run goes on: which stages, again or not, and who is told."
@@ -273,6 +275,7 @@ class Progress:
     force: bool = False   # run stages again that are done
     show: object = print  # called with each line for the person waiting
     earlier: dict = None  # stage -> seconds that it took before
+    failed: dict = field(default_factory=dict)    # stage -> what it said, where the run went on without it
 
     def label(self, stage)->str: return f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {stage}"
 
@@ -299,8 +302,11 @@ def run_pipeline(
     stages=None,              # names; None = all of the task's
     force: bool = False,      # run stages again that are done
     show=print,               # called with each line for the person waiting
+    *,
+    hand_in="",               # a file: the answer is put there too at once, and what fails after it stops nothing
 )->Path:                      # the run folder
     "Run the stages that are not done yet."
+    began = clock()
     start_ready()
     file = find_recipe(recipe)
     given = read_recipe(file)
@@ -314,7 +320,8 @@ def run_pipeline(
         ask = Ask(ready)
         check_space(run.path, need)
         progress = Progress(tuple(stages or task.names()), force, show, earlier_seconds(run, file.stem))
-        _run_stages(run, task, ask, progress, file.stem)
+        hand_in_at(run, hand_in)
+        with run_began(run, began): _run_stages(run, task, ask, progress, file.stem)
     return run.path
 
 def _ask_beside(show, function, *args):
@@ -326,19 +333,22 @@ def _run_stages(run, task, ask, progress, name):
     data = data_fingerprint(ask.get("data_path"))
     about = dict(recipe=name, task=task.name)
     with atomic(run/"params.yaml") as tmp: tmp.write_text(yaml.safe_dump(about | ask.flat(), sort_keys=False))
-    record = lambda: _record_run(run, about | dict(parameters=ask.flat(), data_sha256=data), progress.stages)
+    asked = about | dict(parameters=ask.flat(), data_sha256=data)
+    record = lambda: _record_run(run, asked | dict(failed=progress.failed), progress.stages)
     key, reports = first_key(ask, data), {s.name for s in task.stages if s.reports}
     for stage in progress.stages:
         if stage in reports: record()                        # what it looks at is there and is kept
-        with _objecting(stage in reports, progress): key = _run_stage(run, task, stage, ask[stage], key, progress)
+        with _objecting(run, stage, stage in reports, progress):
+            key = _run_stage(run, task, stage, ask[stage], key, progress)
     record()
 
 @contextlib.contextmanager
-def _objecting(reports, progress):
-    "A stage that only reports cannot undo what the others made: that it failed is said, and the run goes on."
+def _objecting(run, stage, reports, progress):
+    "What only reports, or fails after the answer was handed in, undoes nothing: it is said, and the run goes on."
     try: yield
     except (BadInput, RuntimeError) as e:
-        if not reports: raise
+        if not (reports or is_handed_in(run)): raise
+        progress.failed[stage] = one_line(e)
         progress.show(f"    {e}; the run is kept without it")
 
 def _record_run(run, about, stages):

@@ -62,22 +62,22 @@ def open_accelerator(
     if accelerator.num_processes == 1 or device == "cpu": return accelerator, device
     return accelerator, str(accelerator.device)
 
-# %% ../../nbs/learn/devices.ipynb #c02c4a0b
+# %% ../../nbs/learn/devices.ipynb #58a52141
 def gpus()->int:
     "How many CUDA devices there are."
     return torch.cuda.device_count()
 
 def how_many(
-    asked: int,        # processes; 0 for one a GPU, or a core where there is none
+    asked: int,        # processes; 0 for one a GPU, and one alone where there is none
     jobs: int,         # what is to be done
     device: str,       # auto, cpu, cuda, cuda:1, mps
 )->tuple:              # processes, and threads of each (0 = as torch chooses)
     "What is asked of processes side by side, on this machine."
-    if asked == 1: return 1, 0
-    cores = os.cpu_count() or 1
-    on_gpu = device != "cpu" and gpus() > 0
-    n = min(asked or (gpus() if on_gpu else cores), jobs)
-    return n, 0 if on_gpu else max(cores // n, 1)
+    on_gpu, together = device != "cpu" and gpus() > 0, int(os.environ.get("WORLD_SIZE", 1)) > 1
+    shared = on_gpu and device in ("auto", "cuda")                # a device with a number is one device
+    n = max(min(asked or (gpus() if shared else 1), jobs), 1)
+    if n == 1 or together: return 1, 0
+    return n, 0 if on_gpu else max((os.cpu_count() or 1) // n, 1)
 
 def own_device(
     device: str,       # as it was asked for

@@ -53,7 +53,7 @@ def level_groups(
     "Which stages of an encoder make the features of each member."
     return tuple(tuple(numbers(part, name, int)) for part in str(text).split(";") if part.strip())
 
-# %% ../../nbs/pictures/classify_settings.ipynb #81e22147
+# %% ../../nbs/pictures/classify_settings.ipynb #56dd4fd3
 @dataclass(frozen=True)
 class ClassifySettings:
     "11_classify: the encoder or encoders, what is learnt and how, and what becomes of the answers."
@@ -100,7 +100,8 @@ class ClassifySettings:
     sensitivity: float = .9
     claims: str = ""
     workers: int = 0
-    fold_processes: int = 1
+    fold_processes: int = 0
+    budget_hours: float = 0.
     device: str = "auto"
     seed: int = 0
     progress: bool = False
@@ -130,7 +131,7 @@ class ClassifySettings:
 
     def check_ranges(self)->None:
         "Raise `BadInput` for a number outside its range."
-        within(self, "pca", "rotate", "seed", "fold_processes", low=0)
+        within(self, "pca", "rotate", "seed", "fold_processes", "budget_hours", low=0)
         within(self, "label_smoothing", "shift", "zoom", "brightness", "contrast", "crop", low=0, high=.9)
         within(self, "sensitivity", low=.01, high=1)
 

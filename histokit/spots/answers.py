@@ -8,8 +8,7 @@ __all__ = ['CHOSEN', 'BY_TYPE', 'CHOICES', 'FoldAnswers', 'quick_models', 'fit_b
            'hidden_ladder', 'score_test_sets', 'show_costs', 'show_steps', 'spread_table', 'Prediction', 'open_answers',
            'run_prediction', 'keep_plan', 'keep_spread']
 
-# %% ../../nbs/spots/answers.ipynb #fa53488c
-import time
+# %% ../../nbs/spots/answers.ipynb #869ac503
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..core.budget import FOR_REPORTS, clock, open_budget, say_budget
 from ..core.compute import pick_device
 from ..core.runs import RunFolder
-from ..core.submission import check_submission, read_submission, write_submission
+from ..core.submission import check_submission, read_submission, submit_answer
 from ..core.text import BadInput
 from ..frozen.heads import fit_ridge, set_linear
 from ..learn.batches import predict, predict_views
@@ -42,7 +42,7 @@ from .splits import fold_rows, slide_blocks
 from .targets import TargetTransform
 from .uncertainty import spread_worth
 
-# %% ../../nbs/spots/answers.ipynb #66f23c1b
+# %% ../../nbs/spots/answers.ipynb #00007ff4
 class FoldAnswers:
     "The answers of a run's folds for any spots."
     def __init__(self,
@@ -52,7 +52,7 @@ class FoldAnswers:
         settings: PredictionSettings,
     ):
         self.run, self.factory, self.spots, self.settings = run, factory, spots, settings
-        self.names = factory.targets
+        self.names, self.budget = factory.targets, open_budget(run, settings.budget_hours)
         self.is_train, self.is_test = (np.flatnonzero(spots.split.eq(s)) for s in ("Train", "Test"))
         self.train, self.test = (spots.iloc[rows].reset_index(drop=True) for rows in (self.is_train, self.is_test))
         self.Y, self.fold = self.train[self.names].to_numpy(), self.train.fold.to_numpy()
@@ -140,30 +140,28 @@ def quick_models(
         inner = pd.DataFrame(fit["inner"], columns=factory.targets)
         run.write_table(f"folds/{k}/inner.parquet", inner.assign(row=rows))
 
-# %% ../../nbs/spots/answers.ipynb #483fa8be
+# %% ../../nbs/spots/answers.ipynb #d733e67b
 _TIMED_SPOTS = 64
 
 def _view_seconds(folds):
     "About how long one view of every spot takes, by every fold's model that is asked for it."
     k, rows = min(folds.extras), folds.is_train[:_TIMED_SPOTS]
     folds.of(k, rows[:2])                                    # the model is loaded, the slide is read
-    start = time.perf_counter()
+    start = clock()
     folds.of(k, rows)
-    each = (time.perf_counter() - start) / len(rows) / len(folds.views)
+    each = (clock() - start) / len(rows) / len(folds.views)
     return each * (len(folds.train) + len(folds.extras) * len(folds.test))
 
 def fit_budget(
     folds: FoldAnswers,      # its views are lowered where they would take too long
 )->str:                      # what was done; "" where all views fit, or none is looked at any more
-    "Keep as many views as the budget of minutes allows, at least the picture itself."
-    budget = 60 * folds.settings.budget_minutes
-    if not budget or folds.kept is not None: return ""
+    "Keep as many views as what is left of the budget allows, at least the picture itself."
+    if not folds.budget or folds.kept is not None: return ""
     asked, each = len(folds.views), _view_seconds(folds)
-    fit = max(1, min(asked, int(budget / each)))
+    fit = max(1, min(asked, int(folds.budget.left(but=FOR_REPORTS) / each)))
     if fit == asked: return ""
     folds.views = folds.views[:fit]
-    took = f"{asked} views of every spot would take about {asked * each / 60:.1f} minutes"
-    return f"{took}; the budget is {budget / 60:g}, so {fit} {'are' if fit > 1 else 'is'} used"
+    return f"views {fit} of {asked}"
 
 # %% ../../nbs/spots/answers.ipynb #1439edb1
 def smoothing_widths(
@@ -237,7 +235,7 @@ def submit(
     "Write `submission.csv` on the scale of abundances."
     if not len(folds.is_test): return None
     final = folds.transform(min(folds.extras))
-    return write_submission(folds.run/"submission.csv", final.abundance(answers.final), folds.names)
+    return submit_answer(folds.run, final.abundance(answers.final), folds.names)
 
 # %% ../../nbs/spots/answers.ipynb #fb391867
 CHOSEN, BY_TYPE = "+ chosen out of fold", "+ smoothing by type or look"
@@ -379,7 +377,7 @@ def spread_table(
     keys = folds.spots[["slide", "ID", "x", "y", "split"]].reset_index(drop=True)
     return pd.concat([keys, pd.DataFrame(values, columns=folds.names)], axis=1)
 
-# %% ../../nbs/spots/answers.ipynb #c2650eb8
+# %% ../../nbs/spots/answers.ipynb #86b5ce1a
 @dataclass
 class Prediction:
     "What the prediction stage found."
@@ -408,7 +406,7 @@ def run_prediction(
 )->Prediction:
     "Score every step out of fold, answer the test spots, write `submission.csv`, `prediction.json`, `metrics.json`."
     folds = open_answers(run, data_path, settings)
-    budget, widths = fit_budget(folds), smoothing_widths(folds)
+    budget, widths = say_budget(folds.budget, [fit_budget(folds)]), smoothing_widths(folds)
     rungs = out_of_fold(folds, widths)
     answers, chosen = answer_test(folds, widths), {}
     if settings.spatial_filter == "auto": answers, chosen["by_type"] = smooth_answers(folds, rungs, answers)

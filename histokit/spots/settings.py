@@ -95,7 +95,7 @@ class NetworkSettings:
         for name in ("context_um", "loss", "input_px"): del asked[name]
         return asked | dict(scales=self.scales)
 
-# %% ../../nbs/spots/settings.ipynb #37e48eb2
+# %% ../../nbs/spots/settings.ipynb #7df6b9e8
 METHODS_OF_LEARNING = ("finetune", "ridge", "pls", "kernel", "boost", "head", "kriging")
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class TrainingSettings:
     compile: bool = False
     deterministic: bool = False
     save_every: int = 0
-    fold_processes: int = 1
+    fold_processes: int = 0
+    budget_hours: float = 0.
     compare_random: bool = True
     device: str = "auto"
     seed: int = 0
@@ -171,7 +172,8 @@ class TrainingSettings:
         "Raise `BadInput` for a number that cannot be used."
         within(self, "epochs", "batch_size", "accumulate", "pca", low=1)
         within(self, "input_px", low=8)
-        within(self, "patch_px", "patience", "workers", "save_every", "cache_mb", "fold_processes", low=0)
+        within(self, "patch_px", "patience", "workers", "save_every", "cache_mb", low=0)
+        within(self, "fold_processes", "budget_hours", low=0)
         within(self, "clip", "weight_decay", "jitter", "slide_length_scale", low=0)
         within(self, "warmup", low=0, below=self.epochs)
         within(self, "lr_head", "lr_backbone", "patch_um", above=0)
@@ -211,7 +213,7 @@ def _check_ridge(network):
     if network.fusion != "none":
         raise BadInput(f"method=ridge does not see the place, and fusion={network.fusion} does; use fusion=none")
 
-# %% ../../nbs/spots/settings.ipynb #f84dac54
+# %% ../../nbs/spots/settings.ipynb #cdb13634
 @dataclass(frozen=True)
 class PredictionSettings:
     "04_tta_smoothing: second opinions, and how wide they are smoothed."
@@ -220,7 +222,7 @@ class PredictionSettings:
     smoothing: str = "auto"
     spatial_filter: str = "gaussian"
     ensemble: str = "mean"
-    budget_minutes: float = 0.
+    budget_hours: float = 0.
     cache_mb: int = 2000
     workers: int = 0
     amp: bool = True
@@ -234,7 +236,7 @@ class PredictionSettings:
         choose(self.aggregate, AGGREGATES, "aggregate")
         choose(self.spatial_filter, ("gaussian", "auto"), "spatial_filter")
         choose(self.ensemble, ("mean", "auto"), "ensemble")
-        within(self, "cache_mb", "workers", "budget_minutes", low=0)
+        within(self, "cache_mb", "workers", "budget_hours", low=0)
         check_device(self.device)
         if self.width < 0:
             raise BadInput(f"smoothing={self.smoothing}: give auto, or a width of at least 0 pitches")

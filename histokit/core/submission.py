@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Z_SCORES', 'NO_Z_SCORES', 'AnswerForm', 'counted_form', 'form_of_template', 'looks_standardised', 'check_submission',
-           'write_submission', 'read_submission']
+           'write_submission', 'read_submission', 'hand_in_at', 'is_handed_in', 'submit_answer']
 
-# %% ../../nbs/core/submission.ipynb #91859da9
+# %% ../../nbs/core/submission.ipynb #40c82dc6
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .files import write_table
+from .files import atomic, read_json, write_json, write_table
 from .text import BadInput, one_line, some_of
 
 # %% ../../nbs/core/submission.ipynb #7cc2fbb9
@@ -202,3 +204,29 @@ def read_submission(
     if form is None: return _read_csv(path)
     text = [*([form.id_column] if form.text_ids else []), *(() if form.numbers else form.targets)]
     return _read_csv(path, text)
+
+# %% ../../nbs/core/submission.ipynb #d147e14d
+_HAND_IN = "hand_in.json"        # of a run: where its answer is put as well
+
+def hand_in_at(
+    run,             # folder of a run
+    file = "",       # where its submission.csv is put too, as soon as there is one; "" for nowhere
+)->None:
+    "Name the second place of a run's answer; an answer of before that lies there is removed."
+    if not file: return (run/_HAND_IN).unlink(missing_ok=True)
+    Path(file).unlink(missing_ok=True)
+    write_json(run/_HAND_IN, dict(submission=Path(file).resolve()))
+
+def is_handed_in(run)->bool:
+    "Whether a run's answer lies at the second place that it names."
+    return (run/_HAND_IN).exists() and Path(read_json(run/_HAND_IN)["submission"]).exists()
+
+def submit_answer(
+    run,             # folder of a run
+    values, form,    # as for `write_submission`
+)->pd.DataFrame:     # what was written
+    "Write a run's `submission.csv`, and the same at the second place that the run names."
+    table = write_submission(run/"submission.csv", values, form)
+    if not (run/_HAND_IN).exists(): return table
+    with atomic(read_json(run/_HAND_IN)["submission"]) as tmp: shutil.copyfile(run/"submission.csv", tmp)
+    return table

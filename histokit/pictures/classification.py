@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.runs import RunFolder
-from ..core.submission import write_submission
+from ..core.submission import submit_answer
 from ..core.text import BadInput
 from ..learn.bootstrap import Bootstrap, bootstrap_interval
 from ..learn.ladder import Rung, ladder
@@ -231,7 +231,7 @@ def write_result(
     p = result.p(result.test)
     run.write_table("test.parquet", _answer_table(items.iloc[data.test], q, result.test, p))
     threshold = metrics["threshold"]["value"] if metrics["threshold"] else .5
-    write_submission(run/"submission.csv", answer_values(q, p, data.form, threshold), data.form)
+    submit_answer(run, answer_values(q, p, data.form, threshold), data.form)
 
 def _answer_table(items, task, logits, p):
     "One row a picture: who it is, its logits and probabilities."

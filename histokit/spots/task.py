@@ -14,7 +14,7 @@ import pandas as pd
 from ..core.checks import raise_errors
 from ..core.files import make_dir
 from ..core.hdf5 import open_h5, reading
-from ..core.mounted import find_mounted, why_unusable
+from ..core.mounted import find_mounted, input_fault
 from ..core.runs import RunFolder
 from ..core.submission import check_submission, read_submission
 from ..core.text import BadInput
@@ -122,7 +122,7 @@ def open_data(
     "Open the slides and read some pixels of each; `BadInput` where they cannot be used."
     path = found["data_path"]
     if path == "demo": return "synthetic slides, made by the run", 300_000_000
-    if Path(path).is_file() and (why := why_unusable(path, _ENDINGS)): raise BadInput(why)
+    if Path(path).is_file() and (why := input_fault(path, _ENDINGS)): raise BadInput(why)
     factory = DataFactory(path)
     _check_test(factory)
     with open_h5(path) as h5:

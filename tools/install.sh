@@ -5,7 +5,7 @@ venv=$1
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "histokit needs Python 3.11 or newer; $("$python" --version) found. Give one with: make PYTHON=python3.12" >&2; exit 1; }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-# uv, where it is there, does the same in a third of the time; it reads UV_INDEX_URL and not pip's own settings. INSTALLER=pip or uv decides.
+# uv is taken where it is there; it reads UV_INDEX_URL, not the settings of pip. INSTALLER=pip or uv decides.
 installer=${INSTALLER:-$(command -v uv >/dev/null && echo uv || echo pip)}
 case $installer in
   uv) pip=(uv pip install --quiet --python "$venv/bin/python") ;;

@@ -10,11 +10,11 @@ import pytest
 from histokit.core.checks import Finding, format_findings, from_error, raise_errors
 from histokit.core.files import write_json
 from histokit.core.text import BadInput
+from histokit.learn.check_batches import check_images
 from histokit.learn.checks import check_improves
 from histokit.spots.cache import SlideCache
 from histokit.spots.check_file import check_file
 from histokit.spots.check_page import write_report
-from histokit.spots.check_patches import check_images
 from histokit.spots.check_predictions import check_predictions, check_smoothing
 from histokit.spots.check_run import check_run, check_split_honesty
 from histokit.spots.check_slides import summarise_pixels

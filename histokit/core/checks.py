@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['FINDING_LEVELS', 'Finding', 'error', 'warning', 'note', 'worst_first', 'has_error', 'format_findings', 'from_error',
-           'attempt', 'located', 'expect_finding', 'expect_quiet', 'check_scale', 'html_findings', 'show_findings',
-           'raise_errors']
+           'attempt', 'located', 'expect_finding', 'expect_quiet', 'check_scale', 'html_findings', 'Findings',
+           'show_findings', 'raise_errors']
 
-# %% ../../nbs/core/checks.ipynb #c5a175e9
+# %% ../../nbs/core/checks.ipynb #def2553a
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
 from .files import read_error
-from .page import Html, html_table
+from .page import Html, escaped, html_table
 from .text import BadInput, choose, one_line
 
 # %% ../../nbs/core/checks.ipynb #4cf9d3f0
@@ -156,6 +156,27 @@ def html_findings(
     levels = {level: [f for f in worst_first(findings) if f.level == level] for level in FINDING_LEVELS}
     sections = [_level_section(level, some, most) for level, some in levels.items() if some]
     return Html("".join(sections) or "<p class=none>nothing found: all is well</p>")
+
+# %% ../../nbs/core/checks.ipynb #dc1b349b
+class Findings(list):
+    "Findings, worst first, that show themselves."
+    def __init__(self,
+        findings=(),      # of Finding
+        of: str = "",     # what was looked at, in words
+    ):
+        super().__init__(worst_first(findings))
+        self.of = of
+
+    @property
+    def quiet(self)->bool:
+        "Whether there are notes at most."
+        return all(f.level == "note" for f in self)
+
+    def __repr__(self): return "\n".join([*([f"{self.of}:"] if self.of else []), format_findings(self)])
+
+    def _repr_html_(self):
+        head = f"<p class=facts>{escaped(self.of)}</p>" if self.of else ""
+        return Html(head + html_findings(self))
 
 # %% ../../nbs/core/checks.ipynb #f2b6efb7
 _COLOURS = dict(error="C3", warning="C1", note=".7")

@@ -64,7 +64,8 @@ def _content_findings(a, top):
     "What is odd about what the pictures show."
     flat = a.reshape(len(a), -1)
     spread, level = (f(flat, 1) / top for f in (np.std, np.mean))
-    blanks = dict(white=(spread < .02) & (level > .85), black=level < .05)
+    full = (flat >= .99 * top).mean(1) > .9
+    blanks = dict(white=full | (spread < .02) & (level > .85), black=level < .05)
     for name, blank in blanks.items():
         if blank.mean() > .25: yield warning(f"{blank.mean():.0%} of the patches are {name}", _CLIPPED)
     if len(a) > 1 and not (a != a[:1]).any():

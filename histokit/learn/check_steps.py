@@ -109,7 +109,7 @@ def _course_findings(losses, moved, names, rates):
             f"({some_of(stuck)})", "are they in the optimizer, and does the loss depend on them?")
     known = [v for v in losses if v is not None]
     if not known: return
-    if not np.isfinite(known).all() or known[-1] > 2 * abs(known[0]) + .1:
+    if not np.isfinite(known).all() or max(known) > 3 * abs(known[0]) + .1:
         course = " ".join(f"{v:.3g}" for v in known[:6])
         yield error(f"the loss runs away on one batch ({course}): the learning rate is too large",
             "divide it by ten until the loss falls")
@@ -131,7 +131,7 @@ def check_step(
         rates = [g["lr"] for g in optimizer.param_groups] if optimizer else []
         first, found = _first_step(step, params, calls)
         before = [p.detach().clone() for p in params]
-        losses = [step() for _ in range(n)]
+        losses = [first, *(step() for _ in range(n))]
         found += _course_findings(losses, _moved(before, params), names, rates)
     return located(found, where)
 

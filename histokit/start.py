@@ -10,8 +10,8 @@ import importlib
 
 from .core.stop import stop_on_signals
 
-# %% ../nbs/start.ipynb #2118d593
-PAGES = ("cli_kernels", "cli_search", "cli_draft", "cli_predict", "cli_ensemble")    # they join the commands of cli
+# %% ../nbs/start.ipynb #85e50982
+PAGES = ("cli_kernels", "cli_search", "cli_draft", "cli_predict", "cli_ensemble", "cli_doctor")    # join those of cli
 
 def begin():
     "The command `histokit`, from its first moment."

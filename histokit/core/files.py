@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['error_number', 'write_error', 'make_dir', 'atomic', 'content_of', 'read_error', 'plain', 'write_text', 'write_json',
-           'read_json', 'write_table', 'save_figure', 'cache_dir', 'sha256_of', 'file_sha256', 'file_fingerprint']
+           'read_json', 'write_table', 'save_figure', 'usual_cache', 'cache_dir', 'sha256_of', 'file_sha256',
+           'file_fingerprint']
 
 # %% ../../nbs/core/files.ipynb #af5024f4
 import atexit, contextlib, errno, hashlib, json, os, re, shutil, tempfile
@@ -196,15 +197,15 @@ def save_figure(
     with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, bbox_inches="tight")
     return Path(path)
 
-# %% ../../nbs/core/files.ipynb #b694a8f1
-def _usual_cache():
-    "The folder of the cache; RuntimeError where the user has no home."
+# %% ../../nbs/core/files.ipynb #94f1da41
+def usual_cache()->Path:
+    "Where things worth keeping would lie; the folder need not exist. RuntimeError where the user has no home."
     own, home = os.environ.get("HISTOKIT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own) if own else Path(home or Path.home()/".cache")/"histokit"
 
 def cache_dir()->Path:
     "Where things worth keeping lie: `$HISTOKIT_CACHE`, or `histokit` in the user's cache; else a temporary folder."
-    try: return make_dir(_usual_cache())
+    try: return make_dir(usual_cache())
     except (BadInput, RuntimeError) as e:
         folder = tempfile.mkdtemp(prefix="histokit-cache-")
         os.environ["HISTOKIT_CACHE"] = folder               # also for the processes that this one starts

@@ -116,7 +116,7 @@ def known_pairing(
     what = f"was made for {of}{asked.specifier}, and {of} is {version}"
     return (error(what, f"pip install --upgrade {of} {name}, together"),)
 
-# %% ../../nbs/core/installed.ipynb #cd5ba57b
+# %% ../../nbs/core/installed.ipynb #dc4595f0
 def _known_own(needs):
     "histokit itself."
     where = Path(histokit.__file__).parent
@@ -124,10 +124,14 @@ def _known_own(needs):
     mend = "pip install -e . in its folder, so that its needs can be compared"
     return Known("histokit", f"{histokit.__version__} in {where}", (note("it is used without being installed", mend),))
 
+_ALSO = ("numba", "nbdev")        # of extras: much depends on them where they are there
+
 def known_packages()->list:  # of Known
     "histokit, and what every user needs."
     needs, tested = requirements_of(), tested_versions()
     found = [known_package(r, tested) for r in needs.get("", [])]
+    more = [r for some in needs.values() for r in some if r.name in _ALSO and installed_version(r.name)]
+    found += [known_package(r, tested) for r in {r.name: r for r in more}.values()]
     paired = [Known(k.name, k.value, k.findings + known_pairing()) if k.name == "torchvision" else k for k in found]
     return [_known_own(needs), *paired]
 

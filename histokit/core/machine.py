@@ -33,7 +33,7 @@ class Known:
         found = [f.to_dict() for f in self.findings]
         return dict(name=self.name, value=self.value, level=self.level, findings=found)
 
-# %% ../../nbs/core/machine.ipynb #6505cafe
+# %% ../../nbs/core/machine.ipynb #0c6ca3d8
 def _lines_of(known, width):
     "A line, and one for each finding below it."
     yield f"  {known.level:8} {known.name:{width}}  {known.value}".rstrip()
@@ -41,6 +41,11 @@ def _lines_of(known, width):
         mend = f"; {f.mend}" if f.mend else ""
         where = f"{f.where}: " if f.where else ""
         yield f"  {'':8} {'':{width}}  {f.level}: {one_line(where + f.what + mend)}"
+
+def _section(some):
+    "The lines of a section, their values below one another."
+    width = max(len(k.name) for k in some)
+    return [line for k in some for line in _lines_of(k, width)]
 
 def _count(levels):
     "How many things have faults, in words."
@@ -52,9 +57,7 @@ def format_known(
     sections: dict,      # heading -> list of Known
 )->str:
     "Everything that is known as text: a section a heading, a line a thing, a line a fault with its mend."
-    width = max((len(k.name) for some in sections.values() for k in some), default=0)
-    parts = ["\n".join([heading, *(line for k in some for line in _lines_of(k, width))])
-        for heading, some in sections.items() if some]
+    parts = ["\n".join([heading, *_section(some)]) for heading, some in sections.items() if some]
     levels = [f.level for some in sections.values() for k in some for f in k.findings]
     return "\n\n".join([*parts, _count(levels)])
 

@@ -132,7 +132,7 @@ def is_result(
     hidden = any(part.startswith(".") for part in (first, *rest))
     if hidden or name in _STATE: return False
     if not rest: return first.endswith(_TABLES)
-    return first in _WHOLE or (first == "folds" and rest[-1] in _OF_FOLDS)
+    return first in _WHOLE or (first in ("folds", "members") and rest[-1] in _OF_FOLDS)
 
 @dataclass(frozen=True)
 class Places:
@@ -201,7 +201,7 @@ def hand_in(
         Path(file).unlink(missing_ok=True)
         return None
 
-# %% ../nbs/kaggle_parts.ipynb #0581d854
+# %% ../nbs/kaggle_parts.ipynb #fc066ca3
 def report_objections(
     run,                   # folder of a run
     name: str,             # of the part
@@ -212,12 +212,13 @@ def report_objections(
     found = html_findings([warning(line, "the answer was there before, and is as it was") for line in objections])
     heading, file = "What failed after the answer", Path(run, "report.html")
     if not file.exists():
-        return write_text(file, page(name, [(heading, found), ("What the run says", Html(f"<pre>{escaped(said)}</pre>"))]))
+        says = "What the run says", Html(f"<pre>{escaped(said)}</pre>")
+        return write_text(file, page(name, [(heading, found), says]))
     text = file.read_text(encoding="utf-8")
     if f"<h2>{heading}</h2>" in text: return file
     return write_text(file, text.replace("</h1>", f"</h1><h2>{heading}</h2>{found}", 1))
 
-# %% ../nbs/kaggle_parts.ipynb #445970c7
+# %% ../nbs/kaggle_parts.ipynb #ca295b80
 def _run(part, inputs, places, file, show):
     "The run of a part; what it gives is its report."
     install_mounted(inputs.root, part.needs[0], places.code)
@@ -249,8 +250,9 @@ def run_part(
     try: _run(part, inputs, places, file, show)
     except Exception as e: _keep_failure(part, e, file)     # the parts that follow do not depend on this one
     if not part.failed: _end_run(part, file)
-    for line in part.objections: show(f"    {line}; the answer stays as it is")
+    _name_results(part, places)
     if part.run.exists(): _after(part, "keeping the results", _keep, part, places, file)
+    for line in part.objections: show(f"    {line}; the answer stays as it is")
     show(part.said)
     return part
 
@@ -264,6 +266,13 @@ def _end_run(part, file):
     part.objections += [line for line in _failed_stages(part.run) if line not in part.objections]
     if file: hand_in(part, file)
     if not part.failed: part.said = _after(part, "the run's summary", run_report, part.run) or f"{part.name} ran"
+
+def _name_results(part, places):
+    "In what is said, the folder of the results in place of the run's, which is gone when the kernel has ended."
+    run, results = part.run, places.results(part)
+    def there(text):
+        return text.replace(str(run), str(results)).replace(os.path.relpath(run), os.path.relpath(results))
+    part.said, part.objections[:] = there(part.said), map(there, part.objections)
 
 def _keep(part, places, file):
     "Results, and the report of the part whose answer is handed in."

@@ -32,7 +32,7 @@ def data_findings(
     except BadInput as e: return [from_error(e, "data")], 0
     except Exception as e: return [error(one_line(e), _ATTACHED, "data")], 0
 
-# %% ../nbs/kaggle_start.ipynb #cdf92c8b
+# %% ../nbs/kaggle_start.ipynb #5d864ff9
 _WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 def _weights_there(root):
@@ -63,7 +63,8 @@ def _misfit(e, files, root):
 
 def _weights_said(part, files):
     "Where a part's weights come from."
-    if files: return ", ".join(f"{p} ({size_text(os.path.getsize(p))}) fits {part.asked.get('backbone')}" for p in files)
+    network = part.asked.get("backbone")
+    if files: return ", ".join(f"{p} ({size_text(os.path.getsize(p))}) fits {network}" for p in files)
     if part.needs[1]: return "from the hub"
     return part.weights or part.asked.get("weights") or "none are needed"
 
@@ -159,7 +160,7 @@ def memory_findings(
     mend = "stop other sessions' notebooks in this one (Run -> Restart), or lower cache_mb and batch_size"
     return [(error if left() < _LEAST else warning)(said, mend, "memory")]
 
-# %% ../nbs/kaggle_start.ipynb #17976def
+# %% ../nbs/kaggle_start.ipynb #a3c924da
 def _row(finding, name):
     "A line of the table."
     level = "ok" if finding.level == "note" else finding.level
@@ -170,7 +171,8 @@ def _row(finding, name):
 def _own_findings(part, inputs, places):
     "What concerns one part: findings, and bytes that it will write."
     found, size = data_findings(part, inputs)
-    return [*found, *package_findings(part, inputs, places), *weight_findings(part, inputs)], size
+    packages = package_findings(part, inputs, places)
+    return [*found, *packages, *([] if has_error(packages) else weight_findings(part, inputs))], size
 
 def _refusal(findings):
     "All faults in one line, the first in full."

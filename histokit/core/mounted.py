@@ -30,7 +30,7 @@ def mounted_files(
         found += [folder/n for n in sorted(names) if seen(n)]
     return found
 
-# %% ../../nbs/core/mounted.ipynb #702ce316
+# %% ../../nbs/core/mounted.ipynb #cb527247
 def size_text(
     n: float,                    # bytes
 )->str:
@@ -39,6 +39,8 @@ def size_text(
         if n < 1000: return f"{n:.0f} {unit}" if unit == "bytes" or n >= 100 else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} GB"
+
+_LARGE = (".h5", ".hdf5", ".hdf", ".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".zip", ".whl", ".parquet")
 
 def _entry(path, root):
     "A file's place and size."
@@ -52,8 +54,8 @@ def list_mounted(
     files=None,                  # those to list; None for all
 )->str:
     "What lies below `input`, in one line: single files first, then folders of many."
-    folders = {}
-    for p in mounted_files(root) if files is None else files: folders.setdefault(p.parent, []).append(p)
+    folders, files = {}, mounted_files(root) if files is None else files
+    for p in files: folders.setdefault(p.parent if p.suffix.lower() not in _LARGE else p, []).append(p)
     single = [p for some in folders.values() if len(some) <= 4 for p in some]
     many = {f: len(some) for f, some in folders.items() if len(some) > 4}
     entries = [_entry(p, root) for p in single[:most]]

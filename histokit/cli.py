@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP', 'app', 'Version', 'Texts', 'AGAIN', 'Params', 'Json', 'RunDir', 'Force', 'review', 'fail', 'command', 'say',
            'say_findings', 'demo', 'run', 'demo_run', 'parameter_rows', 'asked_parameters', 'parameters', 'compare',
-           'check', 'run_around', 'validate', 'answer_findings', 'score', 'stain', 'import_visium_command',
+           'check_data', 'run_around', 'validate', 'answer_findings', 'score', 'stain', 'import_visium_command',
            'export_h5ad', 'explore_command', 'review_open', 'review_demo', 'review_export', 'review_import',
            'review_users', 'review_train', 'review_models', 'main']
 
@@ -191,8 +191,8 @@ def compare(
     say(table.to_dict("records"), format_comparison(table) + wrote, as_json)
 
 # %% ../nbs/cli.ipynb #1c2f27a6
-@command(example="check my.h5 --html report.html", waits=True)
-def check(
+@command(name="check", example="check my.h5 --html report.html", waits=True)
+def check_data(
     data: Annotated[Path, typer.Argument(help="an HDF5 file of slides, or a folder of pictures")],
     html: Annotated[Optional[Path], typer.Option(help="also write one page with pictures")] = None,
     as_json: Json = False):

@@ -252,9 +252,10 @@ def _stacked_pictures(items, where):
         if len(shapes) == 1: yield name, torch.stack([inputs[name] for inputs, _ in items])
         else: yield name, error(f"pictures have different shapes ({some_of(sorted(shapes))})", "resize them", where)
 
-def _label_findings(targets, dataset, n_outputs):
+def _label_findings(targets, dataset, n_outputs, unknown):
     "What is wrong with the targets of some items."
     t = targets[0]
+    if unknown and t.is_floating_point(): targets = [v.nan_to_num() for v in targets]
     if t.ndim == 0 and not t.is_floating_point():
         known = next((getattr(dataset, n) for n in ("targets", "target", "labels") if hasattr(dataset, n)), None)
         return check_labels([int(v) for v in targets] if known is None else known, n_outputs)
@@ -268,6 +269,7 @@ def check_items(
     training: bool = None,    # whether it may draw at random; None = not known
     n_outputs: int = 0,       # of the network that learns it; 0 = not known
     dark: bool = False,       # as for `check_images`
+    unknown: bool = False,    # a target may be NaN where nobody knows it
     seed: int = 0,
 )->list:
     "Pictures, labels and further inputs of any dataset, and what it does with its index and its files."
@@ -279,7 +281,7 @@ def check_items(
     for name, stack in _stacked_pictures(items, where):
         found += [stack] if not torch.is_tensor(stack) else check_images(stack, f"{where} {name}", True, dark)
     targets = [t for _, t in items if t is not None]
-    if targets: found += located(_label_findings(targets, dataset, n_outputs), f"{where} labels")
+    if targets: found += located(_label_findings(targets, dataset, n_outputs, unknown), f"{where} labels")
     found += _input_findings(items, targets, where) + check_handles(dataset, where)
     return found + _drawing_findings(dataset, index[:4], training, where)
 

@@ -11,7 +11,7 @@ __all__ = ['LOOP_MISTAKES', 'LOOP_CHECKS', 'LOOP_ZOO', 'DATASET_MISTAKES', 'DATA
            'leak_targets', 'augment_validation', 'ignore_index', 'open_early', 'one_pair', 'copy_across',
            'rank_over_batch', 'broadcast_loss', 'flip_sign', 'healthy_targets', 'healthy_rule', 'healthy_history']
 
-# %% ../../nbs/learn/zoo.ipynb #6459ca18
+# %% ../../nbs/learn/zoo.ipynb #f10944fa
 import copy, functools, types, warnings
 from dataclasses import dataclass, field, replace
 
@@ -28,7 +28,7 @@ from .check_batches import check_apart, check_encoder_input, check_items, check_
 from .check_steps import check_logits, check_predictor, check_rates, check_step
 from .checks import check_improves, check_loss, check_norms, check_optimizer, check_rule, modes_kept
 from .losses import soft_spearman
-from .networks import ImageModel, create_image_model, param_groups
+from .networks import create_image_model, param_groups
 
 # %% ../../nbs/learn/zoo.ipynb #446672fc
 def usual_step(loop):

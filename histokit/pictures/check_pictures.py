@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GIVEN_AWAY', 'HINTED', 'FEW_CASES', 'PICTURE_CHECKS', 'check_files', 'check_duplicates', 'check_patients',
            'name_parts', 'giveaways', 'check_giveaways', 'class_counts', 'check_classes', 'check_looks', 'check_sites',
-           'check_pictures']
+           'check_tensors', 'check_pictures']
 
 # %% ../../nbs/pictures/check_pictures.ipynb #c91846ac
 import re
@@ -16,6 +16,7 @@ import pandas as pd
 from ..core.checks import error, note, warning
 from ..core.splits import check_folds
 from ..core.text import BadInput, some_of
+from ..learn.check_batches import check_items
 from .baselines import logistic_out_of_fold, metadata_columns, metadata_features
 from .operating_points import picture_auc
 from .prepared import PreparedPictures
@@ -178,7 +179,8 @@ def check_looks(
     "Sizes, shapes, and pictures of one colour."
     items, out, px = prepared.items[~prepared.items.damaged], [], prepared.pixels.shape[1]
     if flat := [f for f in prepared.facts["flat"] if f in set(items.file)]:
-        out.append(warning(f"{len(flat)} pictures have one colour only", "look at them, and drop them", some_of(flat)))
+        mend = "look at them, and drop them; were 16 bits clipped to 8?"
+        out.append(warning(f"{len(flat)} pictures have one colour only", mend, some_of(flat)))
     short = items[["width", "height"]].min(axis=1)
     if short.median() < .75 * px:
         what = f"half of the pictures are smaller than {short.median():.0f} px, and are enlarged to {px}"
@@ -209,8 +211,15 @@ def check_sites(
     return [warning(f"sites differ in their classes; {found}", "report the score of split=site beside the other")]
 
 # %% ../../nbs/pictures/check_pictures.ipynb #caf0721b
+def check_tensors(
+    prepared: PreparedPictures,
+)->list:
+    "The tensors and targets that a classifier is given: those of the very dataset that it learns from."
+    dataset, several = prepared.dataset(prepared.train), prepared.kind == "multilabel"
+    return check_items(dataset, where="training", training=False, dark=True, unknown=several)
+
 PICTURE_CHECKS = dict(files=check_files, duplicates=check_duplicates, patients=check_patients, labels=check_giveaways,
-    classes=check_classes, pictures=check_looks, sites=check_sites)
+    classes=check_classes, pictures=check_looks, tensors=check_tensors, sites=check_sites)
 
 def check_pictures(
     prepared: PreparedPictures,

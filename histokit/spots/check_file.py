@@ -17,7 +17,7 @@ import torch
 from ..core.checks import attempt, error, from_error, has_error, note, warning, worst_first
 from ..core.hdf5 import open_h5
 from ..core.progress import track
-from ..learn.scores import mean_spearman
+from ..learn.scores import mean_spearman, row_ranks
 from ..learn.views import dihedral
 from .check_slides import (PixelSummary, check_sparsity, check_targets, lattice_turn, pixel_findings,
     spot_findings, summarise_pixels, tissue_findings)
@@ -148,6 +148,21 @@ def _patient_notes(slides):
         yield note(f"patients {', '.join(shared)} are in Train and in Test",
             "a score on the test slides will not hold for new patients", "spots")
 
+_STRANGE, _ALIKE = .3, .5      # correlation of a slide's mean ranks with the nearest other's, and of the others' own
+
+def _profile_findings(values, slide):
+    "Slides whose targets (n, T) lie in another order than on all others: exchanged columns."
+    names = list(dict.fromkeys(slide))
+    if len(names) < 3 or values.shape[1] < 6: return
+    profile = row_ranks(np.stack([row_ranks(values[slide == n]).mean(0) for n in names]))
+    agree = np.corrcoef(profile)
+    np.fill_diagonal(agree, -1)
+    for n, best, rest in zip(names, agree.max(1), (np.delete(agree, i, 1).max(1) for i in range(len(names)))):
+        others = np.median(np.delete(rest, names.index(n)))
+        if best > _STRANGE or others < _ALIKE: continue
+        yield warning(f"which targets are high hardly agrees with any other slide ({best:.2f} at best; they do: "
+            f"{others:.2f})", "were its columns written in another order?", f"spots/Train/{n}")
+
 def check_table(
     factory,         # DataFactory
 )->list:
@@ -155,7 +170,8 @@ def check_table(
     train = factory.spots[factory.spots.split.eq("Train")]
     out = check_targets(train, factory.targets)
     if not has_error(out):
-        out += check_sparsity(train[factory.targets].to_numpy(), train.slide.to_numpy(), "spots/Train")
+        values, slide = train[factory.targets].to_numpy(), train.slide.to_numpy()
+        out += [*check_sparsity(values, slide, "spots/Train"), *_profile_findings(values, slide)]
     out += _size_findings(factory)
     attempt(out, "spots/Train", assign_folds, factory.spots)
     return out + [*_patient_notes(factory.slides.values())]

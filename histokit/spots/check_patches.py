@@ -59,8 +59,9 @@ def _where_cut(dataset, rows, px):
     typical = lambda **moved: np.median([_misfit(dataset, i, px, **moved) for i in rows])
     guesses = {(dx, dy): typical(dx=dx, dy=dy) for dx in _STEPS for dy in _STEPS}
     best = min(guesses, key=guesses.get)
-    if typical(swap=True) < min(4, guesses[best]): return "they fit with x and y swapped"
-    if typical(bgr=True) < min(4, guesses[best]): return "they fit with red and blue exchanged (BGR)"
+    near = min(8, .5 * guesses[best])
+    if typical(swap=True) < near: return "they fit with x and y swapped"
+    if typical(bgr=True) < near: return "they fit with red and blue exchanged (BGR)"
     if guesses[best] < 12 and best != (0, 0):
         return f"they fit {best[0]:+.2g} patches in x and {best[1]:+.2g} in y from the spot"
     return "they fit nowhere near"

@@ -6,6 +6,8 @@
 __all__ = ['tie_ceiling', 'neighbour_agreement', 'check_against_data']
 
 # %% ../../nbs/spots/check_rows.ipynb #46ce3ed0
+from itertools import permutations
+
 import numpy as np
 
 from ..core.checks import located, warning
@@ -74,7 +76,16 @@ def _usual_mistakes(test):
     n = np.arange(len(test))
     return {"by the text of their ID (0, 1, 10, …)": np.argsort(n.astype(str), kind="stable"),
         "backwards": n[::-1],
-        "by x, then y": np.lexsort((test.y, test.x)), "by y, then x": np.lexsort((test.x, test.y))}
+        "by x, then y": np.lexsort((test.y, test.x)), "by y, then x": np.lexsort((test.x, test.y)),
+        **_slide_orders(test.slide.to_numpy())}
+
+def _slide_orders(slide, most=4):
+    "Name -> the spots slide by slide in any other order, where there are a few slides."
+    names = list(dict.fromkeys(slide))
+    if not 1 < len(names) <= most: return {}
+    rows = {n: np.flatnonzero(slide == n) for n in names}
+    others = list(permutations(names))[1:]
+    return {f"slide by slide in the order {', '.join(o)}": np.concatenate([rows[n] for n in o]) for o in others}
 
 def _order_findings(values, test, truth_agreement, least=30):
     "Rows that have nothing to do with those of neighbouring spots."

@@ -168,7 +168,7 @@ def _range_error(low, high, dtype):
     "What is wrong with the range of the values for their type; None where they fit."
     if np.isfinite(low) and low == high:
         return error(f"is one flat colour ({low:g} everywhere)",
-            "store the picture: was it never written, or floats in 0-1 cast to bytes?")
+            "store the picture: was it never written, floats in 0-1 cast to bytes, or 16 bits clipped to 8?")
     if trouble := range_trouble(low, high, dtype): return error(*trouble)
 
 def _appearance_findings(thumb):
@@ -265,6 +265,15 @@ def _column_warnings(names, values):
         yield warning(f"{len(flat)} targets are the same everywhere ({some_of(flat, 4)})",
             "nothing can be learnt from them: look at how they were made; an answer still needs their columns")
 
+def _filled_warnings(values):
+    "Zeros that are as frequent in common targets as in rare ones, which measured zeros are not."
+    zero = values == 0
+    if not 3 <= zero.sum() < .03 * zero.size or values.shape[1] < 6: return
+    common = np.argsort(np.median(values, axis=0))[-(values.shape[1] // 3):]
+    if zero[:, common].mean() < .5 * zero.mean(): return
+    yield warning(f"{zero.sum()} values are exactly 0, in common targets as often as in rare ones",
+        "are they missing values that were filled with 0? Leave these spots out")
+
 def _row_warnings(values):
     "Spots without an order, and spots that repeat others."
     if len(values) < 2: return
@@ -288,7 +297,7 @@ def check_targets(
     if wrong := located(_type_errors(table, names), where): return wrong
     values = table[names].to_numpy(float)
     if wrong := located(_value_errors(values), where): return wrong
-    return located([*_column_warnings(names, values), *_row_warnings(values)], where)
+    return located([*_column_warnings(names, values), *_filled_warnings(values), *_row_warnings(values)], where)
 
 # %% ../../nbs/spots/check_slides.ipynb #e9fa3ccf
 def _zero_findings(values):

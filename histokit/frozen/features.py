@@ -194,7 +194,7 @@ def _cached_view(
     if facts["dtype"] != "float16": log(f"{file.name} is kept in single precision: {blur}")
     return np.load(file, mmap_mode="r")
 
-# %% ../../nbs/frozen/features.ipynb #33e0ae89
+# %% ../../nbs/frozen/features.ipynb #1c0fa35d
 def _encode(encoder, dataset, **how):
     "The features of every row, batch by batch."
     return (features for features, _ in predict_batches(encoder, dataset, encode=True, **how))
@@ -225,6 +225,7 @@ def cached_features(
     workers: int = 0,
     amp = "no",          # precision on a GPU: auto, bf16, fp16 or no
     log=print,           # called with one line where something is made again
+    more=None,           # asked before each view but the first: false leaves the others out; None = all
 )->list:                 # for each view (n, …), float16 where that is faithful, memory-mapped
     "Activations of a frozen encoder, computed once for each view of these rows."
     if not len(dataset): raise BadInput("there are no rows to encode")
@@ -236,6 +237,7 @@ def cached_features(
     about = dict(source=getattr(encoder, "config", {}).get("source"), device=device, torch=torch.__version__)
     how = dict(batch_size=batch_size, device=device, workers=workers, amp=amp)
     for v in track(view_list(views, augmented), "views encoded"):
+        if out and more and not more(): break
         which, name = ("seed", v) if augmented else ("view", view_name(v))
         make = partial(_encode, encoder, dataset, **{which: v}, **how)
         out.append(_cached_view(place/f"{which}_{name}.npy", known | {which: name}, make, about, log))

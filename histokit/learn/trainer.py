@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULERS', 'TrainSettings', 'EpochMetrics', 'LearningRates', 'MicroBatches', 'be_deterministic', 'Trainer',
            'show_history']
 
-# %% ../../nbs/learn/trainer.ipynb #e79139e9
+# %% ../../nbs/learn/trainer.ipynb #fbdaff2f
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import contextlib, json, math, os, pickle, sys, time, warnings
@@ -19,6 +19,7 @@ import pandas as pd
 import timm.layers
 import torch
 
+from ..core.budget import clock
 from ..core.compute import pick_device, waits_badly
 from ..core.files import atomic, file_sha256, plain, read_json, sha256_of, write_json, write_table
 from ..core.progress import track
@@ -29,7 +30,7 @@ from .devices import call_float32, open_accelerator, pick_precision
 from .finite import first_nonfinite
 from .networks import check_param_groups, param_groups
 
-# %% ../../nbs/learn/trainer.ipynb #84709c81
+# %% ../../nbs/learn/trainer.ipynb #97ae40f6
 SCHEDULERS = ("plateau", "cosine", "none")
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ class TrainSettings:
         "The settings of training among others, some changed."
         own = {f.name for f in fields(cls)}
         return cls(**{name: getattr(settings, name) for name in own if hasattr(settings, name)} | changed)
+
+    def fewer(self, epochs: int)->"TrainSettings":
+        "The same for fewer epochs; a warm-up that would fill them is shortened alike."
+        if epochs >= self.epochs: return self
+        warmup = self.warmup if self.warmup < max(epochs, 1) else self.warmup * epochs / self.epochs
+        return replace(self, epochs=epochs, warmup=warmup)
 
     def but(self, **changed)->"TrainSettings":
         "These settings with some changed."
@@ -420,7 +427,7 @@ class _State(_Step):
             if k in state: part.load_state_dict(state[k])       # another GPU may need a scaler where the last did not
         self.micro.at_once = min(self.micro.at_once, state["at_once"])
 
-# %% ../../nbs/learn/trainer.ipynb #f91438ac
+# %% ../../nbs/learn/trainer.ipynb #a4f9f587
 class _Epoch(_State):
     "What a trainer does in an epoch."
     def _epoch(self, train)->float:
@@ -430,12 +437,14 @@ class _Epoch(_State):
         self._reseed()
         batches, hidden = self._batches(train), not self.progress or not self.main
         waited, asked, epoch = 0., time.time(), f"epoch {self.epoch + 1}"
+        self.ticks = [clock()]
         shown = tqdm(batches, epoch, leave=False, disable=hidden, file=sys.stderr)
         for inputs, target in track(shown, f"{epoch}, batches", len(batches)):
             waited += time.time() - asked
             self._update(inputs, target)
             self.batch += 1
             self._reseed()
+            self.ticks.append(clock())
             if self.settings.save_every and self.batch % self.settings.save_every == 0: self._save()
             asked = time.time()
         return waited
@@ -461,6 +470,22 @@ class _Epoch(_State):
         mend = "look at predict(model, val) and at the metric of it"
         raise BadInput(f"{called} is {found[0][name]} after epoch {self.epoch + 1}; {mend}")
 
+    def _keep_pace(self, train, val, validation):
+        "Ask the pacer how many epochs there shall be, with what this one took; the schedule is fitted to fewer."
+        if self.pacer is None: return
+        seconds = _epoch_seconds(self.ticks, self.micro.sizes)
+        row = seconds / (3 * len(train)) if val is None else validation / len(val)     # forward alone: about a third
+        allowed = self.pacer(self.epoch + 1, seconds, validation, row)
+        if allowed >= self.settings.epochs: return
+        self.log(f"{allowed} of {self.settings.epochs} epochs fit into the time that there is")
+        if self.epoch: self.last = allowed                     # the rates have moved already
+        else: self._fit_schedule(allowed)
+
+    def _fit_schedule(self, epochs):
+        "Fewer epochs from now on; after the first one, before the rates have moved."
+        self.settings = self.settings.fewer(epochs)
+        self.rates = LearningRates(self.optimizer, self.settings, self.metrics.sign < 0)
+
     def _end_epoch(self, row, keep):
         "Keep the best, move the learning rate, write the state."
         value, sign = row[self.metrics.first], self.metrics.sign
@@ -482,7 +507,16 @@ class _Epoch(_State):
         best = int(np.argmax([self.metrics.merit(row) for row in self.history]))
         return len(self.history) - 1 - best >= self.settings.patience
 
-# %% ../../nbs/learn/trainer.ipynb #9d1562d9
+# %% ../../nbs/learn/trainer.ipynb #8f0f55c7
+def _epoch_seconds(
+    ticks,                       # when the epoch began or was gone on with, and when each batch since was done
+    sizes,                       # rows of each batch of the whole epoch
+)->float:
+    "About how long an epoch takes, from its second half: the first may read slides and compile the model."
+    late = (len(ticks) - 1) // 2                                 # batches that are not looked at
+    rows = sum(sizes[len(sizes) - len(ticks) + 1 + late:])
+    return (ticks[-1] - ticks[late]) * sum(sizes) / max(rows, 1)
+
 def be_deterministic()->None:
     "Only kernels that give the same bits each time, for the rest of the program; one without such a kernel raises."
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                 # cuBLAS wants it
@@ -501,9 +535,11 @@ class Trainer(_Epoch):
         log=None,                # called with one line an epoch; None = silent
         progress: bool = False,  # a bar for the batches
         device: str = "auto",    # auto, cpu, cuda, cuda:1, mps
+        pacer=None,              # called after each epoch, says how many there shall be (`learn.fold_plan`)
         **changed,               # settings by name, such as epochs=3
     ):
-        self.settings = s = settings.but(**changed)
+        settings, self.pacer, self.last = settings.but(**changed), pacer, math.inf
+        self.settings = s = settings.fewer(pacer.epochs) if pacer else settings
         self.model, self.loss, self.metric, self.progress = model, loss, metric, progress
         self.asked, self.device, self.log = device, pick_device(device), log or (lambda line: None)
         self.folder = Path(folder) if folder else None
@@ -518,16 +554,23 @@ class Trainer(_Epoch):
     )->pd.DataFrame:      # one row an epoch
         "Train, and leave the best epoch's weights in the model."
         self._begin(train, val)
-        while self.epoch < self.settings.epochs and not self._rested():
+        while self.epoch < min(self.settings.epochs, self.last) and not self._rested():
             start, waited = time.time(), self._epoch(train)
             row = dict(epoch=self.epoch + 1, loss=self.total / max(self.rows, 1))
             step, per_epoch = self._position()
             row["lr"] = self.rates.used(step - 1, per_epoch)
+            trained = clock()
             row |= dict(metric=-row["loss"]) if val is None else self._validate(val)
+            self._keep_pace(train, val, clock() - trained)
             row |= dict(seconds=time.time() - start, waited=waited, at_once=self.micro.at_once)
             self._end_epoch(row, keep=val is None)
         self.model.load_state_dict(self.best_state)
         return pd.DataFrame(self.history)
+
+    @property
+    def stopped(self)->bool:
+        "Whether the pacer ended the training early, whose checkpoint can go on."
+        return self.last <= self.epoch < self.settings.epochs
 
     def _begin(self, train, val):
         "Look at the data, and start every process from the first one's checkpoint or weights."

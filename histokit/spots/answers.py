@@ -8,15 +8,15 @@ __all__ = ['CHOSEN', 'BY_TYPE', 'CHOICES', 'FoldAnswers', 'quick_models', 'fit_b
            'hidden_ladder', 'score_test_sets', 'show_costs', 'show_steps', 'spread_table', 'Prediction', 'open_answers',
            'run_prediction', 'keep_plan', 'keep_spread']
 
-# %% ../../nbs/spots/answers.ipynb #869ac503
-from dataclasses import asdict, dataclass
+# %% ../../nbs/spots/answers.ipynb #7c64c524
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from ..core.budget import FOR_REPORTS, clock, open_budget, say_budget
+from ..core.budget import FOR_REPORTS, budget_sentence, clock, left_out_folds, open_budget
 from ..core.compute import pick_device
 from ..core.runs import RunFolder
 from ..core.submission import check_submission, read_submission, submit_answer
@@ -42,7 +42,7 @@ from .splits import fold_rows, slide_blocks
 from .targets import TargetTransform
 from .uncertainty import spread_worth
 
-# %% ../../nbs/spots/answers.ipynb #00007ff4
+# %% ../../nbs/spots/answers.ipynb #86392c70
 class FoldAnswers:
     "The answers of a run's folds for any spots."
     def __init__(self,
@@ -53,13 +53,18 @@ class FoldAnswers:
     ):
         self.run, self.factory, self.spots, self.settings = run, factory, spots, settings
         self.names, self.budget = factory.targets, open_budget(run, settings.budget_hours)
-        self.is_train, self.is_test = (np.flatnonzero(spots.split.eq(s)) for s in ("Train", "Test"))
+        every, self.is_test = (np.flatnonzero(spots.split.eq(s)) for s in ("Train", "Test"))
+        self.labelled = spots.iloc[every].reset_index(drop=True)        # training spots, those of left out folds too
+        self.answered = ~self.labelled.fold.isin(left_out_folds(run)).to_numpy()
+        self.is_train = every[self.answered]
         self.train, self.test = (spots.iloc[rows].reset_index(drop=True) for rows in (self.is_train, self.is_test))
         self.Y, self.fold = self.train[self.names].to_numpy(), self.train.fold.to_numpy()
         self.extras = {k: run.json(f"folds/{k}/config.json")["extra"] for k in run.folds()}
         self.kept = np.load(run/"answers.npy", mmap_mode="r") if run.has("answers.npy") else None
+        self.every_row = np.sort(np.r_[self.is_train, self.is_test])
         self.check()
         learnt = next(iter(self.extras.values())).get("views", "none")
+        self.fewer_views = not isinstance(learnt, str)                  # a budget left some out
         self.views = find_views(settings.views if self.kept is None else learnt)    # the first is the picture itself
 
     def check(self)->None:
@@ -69,7 +74,8 @@ class FoldAnswers:
             what = f"models of folds {sorted(self.extras)}, but the spots have folds {folds}"
             raise BadInput(f"{what}; run 03_train again")
         if self.kept is None: return
-        if self.kept.shape[1:] != (len(self.spots), len(self.names)) or not np.isfinite(self.kept).all():
+        right = self.kept.shape[1:] == (len(self.spots), len(self.names))
+        if not right or not np.isfinite(self.kept[:, self.every_row]).all():
             what = f"shape {self.kept.shape} for {len(self.spots)} spots of {len(self.names)} types, or is not finite"
             raise BadInput(f"answers.npy has {what}; run 03_train again")
 
@@ -109,12 +115,17 @@ class FoldAnswers:
     def seen_as(self)->str:
         "The views, and how they become one, for the name of a rung."
         s, used = self.settings, len(self.views)
-        lowered = self.kept is None and used < len(find_views(s.views))
+        lowered = (self.kept is None or self.fewer_views) and used < len(find_views(s.views))
         views = f"{used} of {s.views}" if lowered else s.views
         return views if s.aggregate == "mean" else f"{views}, {s.aggregate}"
 
+    @property
+    def truth(self)->np.ndarray:
+        "(labelled spots, T)"
+        return self.labelled[self.names].to_numpy()
+
     def inner(self, k)->tuple:
-        "The rows (of training spots) that chose in fold k, and their predictions on the natural scale."
+        "The rows (of labelled spots) that chose in fold k, and their predictions on the natural scale."
         table = self.run.table(f"folds/{k}/inner.parquet", "03_train")
         return table.row.to_numpy(), self.transform(k).natural(table[self.names].to_numpy())
 
@@ -163,7 +174,7 @@ def fit_budget(
     folds.views = folds.views[:fit]
     return f"views {fit} of {asked}"
 
-# %% ../../nbs/spots/answers.ipynb #1439edb1
+# %% ../../nbs/spots/answers.ipynb #62d110dd
 def smoothing_widths(
     folds: FoldAnswers,
 )->dict:                 # fold -> width in pitches
@@ -173,10 +184,10 @@ def smoothing_widths(
     found = {}
     for k in folds.extras:
         rows, inner = folds.inner(k)
-        found[k] = choose_width(inner, folds.Y[rows], folds.train.iloc[rows])
+        found[k] = choose_width(inner, folds.truth[rows], folds.labelled.iloc[rows])
     return found
 
-# %% ../../nbs/spots/answers.ipynb #029a29a7
+# %% ../../nbs/spots/answers.ipynb #3e5c9f17
 def out_of_fold(
     folds: FoldAnswers,
     widths: dict,        # from `smoothing_widths`
@@ -194,9 +205,11 @@ def oof_ladder(
     rungs: dict,         # from `out_of_fold`
 )->pd.DataFrame:
     "What needs no model, then each step of this one, on the training spots."
-    train, Y = folds.train, folds.Y
-    first = standard_rungs(Y, folds.fold, neighbour_labels(train, Y), folds.settings.seed, slide=train.slide)
-    return spot_ladder(first | rungs, Y, train.slide, slide_blocks(train))
+    every, truth, train = folds.labelled, folds.truth, folds.train
+    fold, seed = every.fold.to_numpy(), folds.settings.seed
+    first = standard_rungs(truth, fold, neighbour_labels(every, truth), seed, slide=every.slide)
+    here = {name: replace(rung, pred=rung.pred[folds.answered]) for name, rung in first.items()}
+    return spot_ladder(here | rungs, folds.Y, train.slide, slide_blocks(every)[folds.answered])
 
 # %% ../../nbs/spots/answers.ipynb #b7906d25
 class TestAnswers(NamedTuple):
@@ -237,15 +250,15 @@ def submit(
     final = folds.transform(min(folds.extras))
     return submit_answer(folds.run, final.abundance(answers.final), folds.names)
 
-# %% ../../nbs/spots/answers.ipynb #fb391867
+# %% ../../nbs/spots/answers.ipynb #06c91b5f
 CHOSEN, BY_TYPE = "+ chosen out of fold", "+ smoothing by type or look"
 CHOICES = dict(blend=CHOSEN, by_type=BY_TYPE)      # what metrics.json calls a choice -> its rung
 
 def _mean_answers(folds):
     "(training spots, T) for each spot the mean of the other folds' spots, on the natural scale; (T,) that of all."
-    out = np.empty(folds.Y.shape)
-    scale = lambda k, rows: folds.transform(k).natural(folds.transform(k).transform(folds.Y[rows])).mean(0)
-    for k in folds.extras: out[folds.fold == k] = scale(k, folds.fold != k)
+    out, fold = np.empty(folds.Y.shape), folds.labelled.fold.to_numpy()
+    scale = lambda k, rows: folds.transform(k).natural(folds.transform(k).transform(folds.truth[rows])).mean(0)
+    for k in folds.extras: out[folds.fold == k] = scale(k, fold != k)
     return out, scale(min(folds.extras), slice(None))
 
 def _take_better(folds, rungs, answers, name, finish):
@@ -281,7 +294,7 @@ def blend_answers(
     finish = Finish(folds.settings.aggregate, best.views == "one", **how)
     return _take_better(folds, rungs, answers, CHOSEN, finish), found
 
-# %% ../../nbs/spots/answers.ipynb #ac0d8209
+# %% ../../nbs/spots/answers.ipynb #198acc12
 def read_truth(
     path,            # CSV in the layout of a submission
     folds: FoldAnswers,
@@ -299,8 +312,8 @@ def hidden_ladder(
 )->pd.DataFrame:
     "What needs no model, then each step of this one, on test spots whose truth is known."
     first, test, models = answers.by_fold[min(answers.by_fold)], folds.test, folds.models
-    slides = dict(train_slide=folds.train.slide, test_slide=test.slide)
-    rungs = new_slide_rungs(folds.Y, truth, neighbour_labels(test, truth), folds.settings.seed, **slides)
+    slides = dict(train_slide=folds.labelled.slide, test_slide=test.slide)
+    rungs = new_slide_rungs(folds.truth, truth, neighbour_labels(test, truth), folds.settings.seed, **slides)
     rungs[f"this model ({'one fold' if models else 'all slides'})"] = first[0]
     seen = aggregate_answers(first[None], folds.settings.aggregate)
     rungs[f"+ TTA ({folds.seen_as})"] = seen
@@ -331,7 +344,7 @@ def show_costs(
     costs = {label: contributions(pred, folds.Y, types) for label, pred in pair.items()}
     return dict(types=show_contributions(costs), swaps=show_swap_map(swaps(rungs[name], folds.Y, types)))
 
-# %% ../../nbs/spots/answers.ipynb #e81caae9
+# %% ../../nbs/spots/answers.ipynb #e9234e32
 def show_steps(
     folds: FoldAnswers,
     rungs: dict,                   # from `out_of_fold`
@@ -341,7 +354,8 @@ def show_steps(
     "The type whose rank varies most, in truth and after each step, on slides that the model did not train on."
     t, = telling_types(folds.Y, 1)
     train, maps = folds.train, {"truth": folds.Y} | rungs
-    parts = [(train, maps, name) for name in folds.factory.names("Train")[:n_slides]]
+    slides = [name for name in folds.factory.names("Train") if name in set(train.slide)]
+    parts = [(train, maps, name) for name in slides[:n_slides]]
     if answers is not None and answers.by_fold:
         parts.append((folds.test, _test_steps(answers, maps), folds.test.slide.iloc[0]))
     tables, values = zip(*(_ranks_of_type(*part, t) for part in parts))
@@ -377,7 +391,7 @@ def spread_table(
     keys = folds.spots[["slide", "ID", "x", "y", "split"]].reset_index(drop=True)
     return pd.concat([keys, pd.DataFrame(values, columns=folds.names)], axis=1)
 
-# %% ../../nbs/spots/answers.ipynb #86b5ce1a
+# %% ../../nbs/spots/answers.ipynb #18c24277
 @dataclass
 class Prediction:
     "What the prediction stage found."
@@ -406,13 +420,14 @@ def run_prediction(
 )->Prediction:
     "Score every step out of fold, answer the test spots, write `submission.csv`, `prediction.json`, `metrics.json`."
     folds = open_answers(run, data_path, settings)
-    budget, widths = say_budget(folds.budget, [fit_budget(folds)]), smoothing_widths(folds)
-    rungs = out_of_fold(folds, widths)
+    budget, widths = budget_sentence(run, [fit_budget(folds)]), smoothing_widths(folds)
     answers, chosen = answer_test(folds, widths), {}
-    if settings.spatial_filter == "auto": answers, chosen["by_type"] = smooth_answers(folds, rungs, answers)
-    if settings.ensemble == "auto": answers, chosen["blend"] = blend_answers(folds, rungs, answers)
+    submit(folds, answers)                            # what comes after can only better it
+    rungs, several = out_of_fold(folds, widths), len(folds.extras) > 1
+    if settings.spatial_filter == "auto" and several: answers, chosen["by_type"] = smooth_answers(folds, rungs, answers)
+    if settings.ensemble == "auto" and several: answers, chosen["blend"] = blend_answers(folds, rungs, answers)
+    if answers.used: submit(folds, answers)
     oof = oof_ladder(folds, rungs)
-    submit(folds, answers)
     keep_plan(folds, answers, rungs)
     truth = read_truth(truth_path, folds) if truth_path and len(folds.is_test) else None
     hidden = None if truth is None else hidden_ladder(folds, answers, truth)

@@ -5,24 +5,28 @@
 # %% auto #0
 __all__ = ['check_split_honesty', 'check_training', 'check_ladder', 'check_run', 'write_checks']
 
-# %% ../../nbs/spots/check_run.ipynb #1f8b628d
+# %% ../../nbs/spots/check_run.ipynb #787602d1
 from scipy.spatial import cKDTree
 import numpy as np
 import pandas as pd
+import torch
 
+from ..core.budget import left_out_folds
 from ..core.checks import FINDING_LEVELS, attempt, check_scale, error, has_error, located, warning
 from ..core.runs import RunFolder
+from ..core.settings import settings_from
+from ..learn.check_batches import check_encoder_input, model_scaling
 from ..learn.checks import check_improves, check_loss, check_norms, check_optimizer, modes_kept
 from ..learn.finite import is_finite
 from ..learn.losses import Loss
 from ..learn.networks import param_groups, trial_step
-from .cache import SlideCache
 from .check_file import check_file
 from .check_patches import check_dataset
 from .check_predictions import check_predictions, check_submission_file
+from .crossval import Finetuning, open_spots
+from .kept_run import KEPT_FOLDER
 from .network import load_model
-from .patches import HESpotDataset, normalised_coords, patch_size
-from .results import open_stage
+from .settings import TrainingSettings
 from .slides import DataFactory
 from .splits import check_split, fold_rows
 
@@ -140,7 +144,7 @@ def _slide_findings(run, factory):
             "look at the slide; it was left as it is", n))
     return out
 
-# %% ../../nbs/spots/check_run.ipynb #f1aac741
+# %% ../../nbs/spots/check_run.ipynb #5f5a49e8
 def _split_findings(run, spots, patch_px):
     "The folds, and the rows on which each fold's model was chosen."
     kept = [k for k in run.folds() if run.has(f"folds/{k}/inner.parquet")]
@@ -170,7 +174,7 @@ def _training_findings(run, spots):
     "The loss, and every fold's model and history."
     loss, folds = run.json_or("model.json", {}).get("loss"), run.folds()
     out = check_loss(Loss(loss)) if loss else []
-    if folds and set(folds) != set(spots.fold):
+    if folds and set(folds) != set(spots.fold) - set(left_out_folds(run)):
         out.append(error(f"models of folds {folds}, spots of folds {sorted(set(spots.fold.tolist()))}",
             "run 03_train again", "folds"))
     for k in folds: out += _fold_findings(run, k)
@@ -187,13 +191,40 @@ def _prediction_findings(run, factory):
     return out + (check_ladder(scores["oof"]) if scores else [])
 
 # %% ../../nbs/spots/check_run.ipynb #1cdb9217
-def _run_dataset(run, seen, spots):
-    "The training spots' patches as the run's models see them, without augmentation; seen: DataFactory of the slides."
+def _run_settings(run, factory):
+    "What the run was asked; of a folder that does not say so, what its folds kept."
+    if run.parameters: return settings_from(TrainingSettings, run.parameters | dict(device="auto"))
     extra = next((run.json(f"folds/{k}/config.json").get("extra", {}) for k in run.folds()), {})
-    default = {n: patch_size(200, s.um_per_px) if np.isfinite(s.um_per_px) else 56 for n, s in seen.slides.items()}
-    sides, out_px = extra.get("patch_px") or default, extra.get("input_px") or 64
-    values = spots[seen.targets].to_numpy()
-    return HESpotDataset(spots, SlideCache(seen.path), sides, out_px, target=values, coords=normalised_coords(spots))
+    known = all(np.isfinite(s.um_per_px) for s in factory.slides.values())
+    sizes = dict(patch_um=extra.get("patch_um") or 200., patch_px=0 if known else 56)
+    return TrainingSettings(input_px=extra.get("input_px") or 64, **sizes)
+
+def _run_model(run):
+    "A network that looks at patches in this run: a fold's, or a frozen encoder; None where none was kept."
+    folders = [*map(run.fold_dir, run.folds()), run/KEPT_FOLDER/"encoder"]
+    return next((load_model(f) for f in folders if (f/"model.safetensors").exists()), None)
+
+def _pixel_findings(run, model, dataset):
+    "What arrives at the encoder when the run's network is given the run's patches."
+    inputs, _ = dataset.batch(np.arange(min(8, len(dataset))))
+    pictures = {name: inputs[name] for name in model.pictures}
+    raw = torch.cat(list(pictures.values())).float() / 255
+    asked = any(run.parameters.get(name) for name in ("mean", "std"))
+    told = tuple(model.config["mean"]), tuple(model.config["std"])
+    call = lambda: model.eval().encode(**pictures)
+    return check_encoder_input(model.backbone, call, raw, told if asked else model_scaling(model), "patches")
+
+def _patch_findings(run, data, dataset):
+    "The patches that the run's models get (SpotData, and its dataset): as cut, as augmented, as they reach the encoder."
+    out = check_dataset(dataset)
+    settings = data.settings
+    if not settings.frozen:
+        augment = Finetuning(data, settings, {}, run).augmentation()
+        augmented = data.dataset(data.is_train, data.Y, augment)
+        out += check_dataset(augmented, where="augmented patches")
+    model = attempt([], "", _run_model, run)                 # one that is broken is reported with its fold
+    if model is not None: attempt(out, "patches", lambda: out.extend(_pixel_findings(run, model, dataset)))
+    return out
 
 def check_run(
     run,                     # run folder
@@ -205,12 +236,11 @@ def check_run(
     factory = DataFactory(data_path)
     parts["slides"] = _slide_findings(run, factory)
     if has_error(parts["slides"]): return parts, None
-    seen, spots = open_stage(run, data_path)
-    spots = spots[spots.split.eq("Train")].reset_index(drop=True)
-    dataset = _run_dataset(run, seen, spots)
-    parts["patches"] = check_dataset(dataset)
-    parts["split"] = _split_findings(run, spots, max(dataset.patch_px.values()))
-    parts["training"] = _training_findings(run, spots)
+    data = open_spots(run, data_path, _run_settings(run, factory))
+    dataset = data.dataset(data.is_train, data.Y)
+    parts["patches"] = _patch_findings(run, data, dataset)
+    parts["split"] = _split_findings(run, data.train, data.widest)
+    parts["training"] = _training_findings(run, data.train)
     parts["predictions"] = _prediction_findings(run, factory)
     return parts, dataset
 

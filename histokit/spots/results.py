@@ -7,13 +7,14 @@ __all__ = ['ROW_KEYS', 'PLACES', 'open_stage', 'align_predictions', 'run_predict
            'held_out_amounts', 'score_submission', 'plain_scores', 'score_ladder', 'RunResult', 'read_run',
            'check_same_data', 'differing_parameters', 'compare_runs', 'format_comparison', 'show_comparison']
 
-# %% ../../nbs/spots/results.ipynb #21c9d37a
+# %% ../../nbs/spots/results.ipynb #d49fdc5c
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..core.budget import left_out_folds
 from ..core.runs import RunFolder
 from ..core.submission import check_submission
 from ..core.text import BadInput
@@ -65,7 +66,7 @@ def align_predictions(
     out[rows] = values
     return out
 
-# %% ../../nbs/spots/results.ipynb #640a8a44
+# %% ../../nbs/spots/results.ipynb #ea090d4a
 def run_predictions(
     run_dir,        # a finished run folder
 )->tuple:           # DataFactory; its spots; (n, T) predictions or nan; (n,) 'out of fold', 'submission' or ''
@@ -82,7 +83,8 @@ def run_predictions(
     if run.has("oof.parquet"):
         keys = ["slide", "ID"]
         held = spots.loc[~test, keys].merge(run.table("oof.parquet"), on=keys, how="left")
-        values[~test], by[~test] = held[factory.targets].to_numpy(), "out of fold"
+        values[~test] = held[factory.targets].to_numpy()
+        by[~test & np.isfinite(values).all(1)] = "out of fold"
     return factory, spots, values, by
 
 # %% ../../nbs/spots/results.ipynb #212478b0
@@ -198,7 +200,7 @@ class RunResult:
         "The slide and ID of each spot."
         return self.spots[["slide", "ID"]].to_numpy().tolist()
 
-# %% ../../nbs/spots/results.ipynb #712fb4fe
+# %% ../../nbs/spots/results.ipynb #0c465588
 def _run_parameters(run):
     "What the run was asked; None where nothing was recorded."
     done = run.json_or("run.json")
@@ -224,7 +226,9 @@ def _paired_tables(run):
     oof, spots = run.table("oof.parquet", "03_train"), run.table("spots.parquet", "00_data")
     targets = [c for c in oof.columns if c not in ROW_KEYS]
     _check_columns(run, oof, spots, targets)
-    truth = spots.loc[spots.split.eq("Train"), ["slide", "ID", *targets]]
+    answered = spots.split.eq("Train")
+    if left_out := left_out_folds(run): answered &= ~spots.fold.isin(left_out)       # by a budget, which is said
+    truth = spots.loc[answered, ["slide", "ID", *targets]]
     both = truth.merge(oof, on=["slide", "ID"], suffixes=("", " predicted"))
     if len(both) == len(truth) == len(oof): return both.sort_values(["slide", "ID"], ignore_index=True), targets
     counts = f"{len(oof)} rows, {len(both)} of them match its {len(truth)} training spots"

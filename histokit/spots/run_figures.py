@@ -6,12 +6,13 @@
 __all__ = ['AnsweredSpots', 'read_answered', 'median_slide', 'show_type_maps', 'rank_calibration', 'calibration_slope',
            'show_rank_calibration', 'worst_rows', 'describe_spot', 'spot_dataset', 'evidence_maps', 'spot_pictures']
 
-# %% ../../nbs/spots/run_figures.ipynb #64dd3757
+# %% ../../nbs/spots/run_figures.ipynb #9770adc7
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from ..core.budget import left_out_folds
 from ..core.page import montage
 from ..core.runs import RunFolder
 from ..core.text import BadInput
@@ -24,7 +25,7 @@ from .patches import HESpotDataset, PatchSampler, normalised_coords
 from .maps import draw_tissue, drawn_width
 from .results import held_out_amounts, matched_rows, open_stage, submitted_amounts
 
-# %% ../../nbs/spots/run_figures.ipynb #bd040f87
+# %% ../../nbs/spots/run_figures.ipynb #44e264d9
 @dataclass
 class AnsweredSpots:
     "Truth, answers and uncertainty of a finished run's spots."
@@ -54,13 +55,14 @@ def read_answered(
     run = RunFolder(run_dir)
     spread = run.table("uncertainty.parquet", "04_tta_smoothing")
     factory, spots = open_stage(run, data_path)
+    every, spots = spots, spots[~(spots.split.eq("Train") & spots.fold.isin(left_out_folds(run)))]
     is_test, names = spots.split.eq("Test").to_numpy(), factory.targets
     order = np.r_[np.flatnonzero(~is_test), np.flatnonzero(is_test)]
     train, test = (spots[of].reset_index(drop=True) for of in (~is_test, is_test))
     submitted = submitted_amounts(run, len(test), names) if len(test) else np.empty((0, len(names)))
     held_out = held_out_amounts(run, train, names)
     apart = matched_rows(spread, pd.concat([train, test]), names, "uncertainty.parquet")
-    coords = normalised_coords(spots)[order]
+    coords = normalised_coords(every)[every.index.isin(spots.index)][order]
     return AnsweredSpots(run, factory, train, test, coords, train[names].to_numpy(), held_out, submitted, apart)
 
 # %% ../../nbs/spots/run_figures.ipynb #81c21c9b

@@ -73,7 +73,7 @@ def check_settings(
     "Raise `BadInput` where the settings of two stages do not go together."
     check_together(made["02_model"], made["03_train"])
 
-# %% ../../nbs/spots/task.ipynb #e3cf7074
+# %% ../../nbs/spots/task.ipynb #72999fcf
 TITLES = dict(oof="Training spots, each predicted by models that saw nothing of its {held}:",
     test="Test spots, against their hidden truth:")
 
@@ -87,6 +87,7 @@ def report(
         if metrics.get(part): lines += ["", title.format(held=held), format_ladder(pd.DataFrame(metrics[part]))]
         gap = metrics.get("random_split") if part == "oof" else None
         if gap: lines.append(_flattery(gap, held))
+    if metrics.get("budget"): lines += ["", f"Left out, {metrics['budget']}."]
     home = os.path.relpath(run.path)
     places = dict(submission="submission.csv", figures="figures/", notebooks="*.ipynb")
     if run.has("report.html"): places |= dict(report="report.html")

@@ -403,3 +403,12 @@ def test_the_output_is_results_only():
     assert not [name for name in state.split() if is_result(name)]
     kept = "report.html metrics.json 04_tta_smoothing.ipynb figures/maps.png folds/3/model.safetensors"
     assert all(map(is_result, [*kept.split(), "predictor/kept.json"]))
+
+
+def test_kernels_start_under_the_images_jupyter(monkeypatch):
+    "ipykernel 6.17 goes with a jupyter_client that has no provisioners; then Jupyter starts its kernels itself."
+    import sys
+    from histokit.core.notebooks import ready_kernel_manager
+    assert ready_kernel_manager.__wrapped__() is not None
+    monkeypatch.setitem(sys.modules, "jupyter_client.provisioning", None)
+    assert ready_kernel_manager.__wrapped__() is None

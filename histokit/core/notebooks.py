@@ -149,10 +149,11 @@ def ready_kernel_manager():          # a class for nbclient's `kernel_manager_cl
     "A manager whose kernels are copies of a process in which everything is imported."
     from histokit.core.notebooks import _become_kernel as target      # by its place, so that it can be sent
     context = ready_processes()
+    try: from jupyter_client.provisioning import LocalProvisioner
+    except ImportError: return None                                   # of jupyter_client 6, which ipykernel 6.17 takes
     if context is None: return None
     start_ready()
     from jupyter_client import AsyncKernelManager
-    from jupyter_client.provisioning import LocalProvisioner
 
     class ReadyProvisioner(LocalProvisioner):
         "Copies a process instead of starting a program."

@@ -69,7 +69,7 @@ def last_error(
     if not errors: return "its process was ended, most likely for want of memory: lower cache_mb or batch_size"
     return one_line(f"{errors[-1].get('ename', 'error')}: {errors[-1].get('evalue', '')}")[:400]
 
-# %% ../nbs/doctor_run.ipynb #528cbd9d
+# %% ../nbs/doctor_run.ipynb #1265a7a8
 def keys_now(
     task, ask: Ask,          # of `read_asked`
 )->dict:                     # stage -> key
@@ -88,7 +88,7 @@ def _known_done(run, stage, record, key, first):
     "A stage that ran to its end; first: the stage before it that is out of date."
     said, lost = f"done in {duration(record.seconds)}, {record.peak_mb} MB", _lost(run, record)
     if lost:
-        what = f"{len(lost)} of its {len(record.outputs)} files are gone or changed ({some_of(lost)})"
+        what = f"what it made is gone, or of another size: {some_of(lost)}"
         return Known(stage, said, (error(what, "go on: it is then run again"),))
     if key in ("", record.key): return Known(stage, said)
     if first: return Known(stage, said, (warning(f"out of date, like {first}"),))

@@ -396,6 +396,25 @@ def test_a_check_that_breaks_down_does_not_fail_a_kernel(tmp_path, monkeypatch):
     assert "tb is done" in end_parts(some)
 
 
+def test_pictures_are_answered_before_anything_is_compared(tmp_path, monkeypatch):
+    "Baselines, other sites and intervals take time and may fail; the answer is in its place by then."
+    from histokit.core.submission import hand_in_at
+    from histokit.core.runs import RunFolder
+    from histokit.pictures.classification import run_classification
+    from histokit.pictures.classify_settings import ClassifySettings
+    from histokit.pictures.folders import find_pictures
+    from histokit.pictures.prepared import prepare_pictures
+    from histokit.pictures.settings import PictureSettings
+    run, how = RunFolder(tmp_path/"run").make(), PictureSettings(input_px=16, folds=3)
+    data = prepare_pictures(run, find_pictures(smoke_pictures(), how), how)
+    network = dict(backbone="test_resnet.r160_in1k", weights="none", views="none", device="cpu")
+    def broken(*args): raise KeyError("a baseline")
+    monkeypatch.setattr("histokit.pictures.classification.baseline_rungs", broken)
+    hand_in_at(run, tmp_path/"submission.csv")
+    with pytest.raises(KeyError): run_classification(run, data, ClassifySettings(method="probe", **network))
+    assert (tmp_path/"submission.csv").read_bytes() == (run/"submission.csv").read_bytes()
+
+
 # --- what the output holds ------------------------------------------------------------------------------------------
 
 def test_the_output_is_results_only():

@@ -220,18 +220,20 @@ def write_result(
     run: RunFolder, data, result: Result,
     rungs: dict, metrics: dict,
 )->None:
-    "Out-of-fold and test answers, rungs, figures and the submission, each file whole or not at all."
+    "Out-of-fold answers, rungs and figures, each file whole or not at all."
     q, items = result.task, data.items
     run.write_table("oof.parquet", _answer_table(items.iloc[data.train], q, result.held_out, result.p(result.held_out)))
     columns = {f"{n}|{c}" if len(q.columns) > 1 else n: as_columns(a, len(q.columns))[:, j]
         for n, a in rungs.items() for j, c in enumerate(q.columns)}
     run.write_table("rungs.parquet", pd.DataFrame(columns))
     run.write_json("metrics.json", metrics)
+
+def _answer_test(run, data, result, threshold):
+    "The submission and test answers, before anything is compared or scored, which may fail."
     if not len(data.test): return
-    p = result.p(result.test)
-    run.write_table("test.parquet", _answer_table(items.iloc[data.test], q, result.test, p))
-    threshold = metrics["threshold"]["value"] if metrics["threshold"] else .5
-    submit_answer(run, answer_values(q, p, data.form, threshold), data.form)
+    p, q = result.p(result.test), result.task
+    submit_answer(run, answer_values(q, p, data.form, threshold["value"] if threshold else .5), data.form)
+    run.write_table("test.parquet", _answer_table(data.items.iloc[data.test], q, result.test, p))
 
 def _answer_table(items, task, logits, p):
     "One row a picture: who it is, its logits and probabilities."
@@ -265,14 +267,15 @@ def run_classification(
     fold, units = data.folds()[0], data.groups()
     z = task.indicators(data.targets())
     result = combine_members(task, ask_members(method, say), z, fold)
+    called = _called(result, z, fold, units, settings)
+    _answer_test(run, data, result, called["threshold"])
     rungs = baseline_rungs(data, fold) | frozen_rung(data, settings, say) | answer_rungs(result, settings)
     table = picture_ladder(rungs, z, units)
     metrics = dict(ladder=table.to_dict("records"), kind=task.kind, classes=task.classes,
         auc=_headline(result, z, units),
         weights=dict(zip([m.name for m in result.members], result.combination.weights)),
         temperature=result.combination.temperature, views=view_names(settings.views),
-        sites=other_sites(method, say), test=_test_score(data, result),
-        **_called(result, z, fold, units, settings))
+        sites=other_sites(method, say), test=_test_score(data, result), **called)
     metrics["claims"] = beside_claims(settings.claims, metrics["at_threshold"] | dict(auc=metrics["auc"]))
     write_result(run, data, result, rungs, metrics)
     return metrics

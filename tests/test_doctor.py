@@ -22,6 +22,7 @@ import histokit.core.machine
 import histokit.learn.encoders
 from histokit.cli import app
 from histokit.core.files import write_json
+from histokit.core.processes import find_function
 from histokit.core.runs import RunFolder, StageBook
 from histokit.doctor_run import how_to_go_on, keys_now
 from histokit.pipeline import TASKS, find_recipe, read_recipe, resolve
@@ -414,3 +415,21 @@ def test_what_is_nothing_that_is_known(tmp_path):
     refused(doctor(tmp_path/"empty"), "is empty; give a run, or a folder of pictures or kernels")
     refused(doctor(tmp_path/"notes.txt"), "is text; give a run, a data file, an answer")
     refused(doctor(tmp_path/"notes.txt"/"a.csv"), "does not exist")
+
+
+@pytest.mark.parametrize("recipe", ["demo", "image_probe"])
+def test_the_keys_are_those_of_the_pipeline(tmp_path, demo_file, monkeypatch, recipe):
+    "A run whose stages do nothing but are entered in the book is up to date until a parameter is another."
+    from histokit import pipeline
+    from histokit.pictures.toy import smoke_pictures
+    monkeypatch.setattr(pipeline, "run_notebook", lambda *args: dict(seconds=1., peak_mb=1))
+    monkeypatch.setattr(pipeline, "package_fingerprint", lambda: "the code")
+    monkeypatch.setattr(pipeline, "start_ready", lambda: None)
+    monkeypatch.setattr(pipeline, "call_ready", lambda name, *args: find_function(name)(*args))
+    data = demo_file if recipe == "demo" else smoke_pictures()
+    asked = [f"data_path={data}", "seed=5"]
+    made = pipeline.run_pipeline(recipe, asked, tmp_path/"run", show=lambda line: None)
+    assert "out of date" not in doctor(made).stdout
+    values = yaml.safe_load((made/"params.yaml").read_text())
+    (made/"params.yaml").write_text(yaml.safe_dump(values | dict(seed=6)))
+    assert "warning: out of date" in doctor(made).stdout

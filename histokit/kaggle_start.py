@@ -18,21 +18,26 @@ from .core.text import BadInput, comma_parts, one_line
 from .kaggle_parts import Inputs, Part, Places
 from .pipeline import absolute_paths
 
-# %% ../nbs/kaggle_start.ipynb #b017396e
-_ATTACHED = "attach the data: Add Input, then the competition (accept its rules first) or the dataset"
+# %% ../nbs/kaggle_start.ipynb #2a8c1d72
+def _check_path(inputs):
+    "`BadInput` where the data were named and are not there."
+    path = inputs.data_path
+    if path in ("", "demo") or Path(path).exists(): return
+    there = f"data_path={path} does not exist (there: {list_mounted(inputs.root)})"
+    raise BadInput(f"{there}; leave it empty for what is attached, or name a file or folder that is there")
 
 def data_findings(
     part: Part, inputs: Inputs,
 )->tuple:                # findings; bytes that the run will write, about
     "Whether a part's data are there, and can be read."
     try:
-        found = part.find_data(inputs)
+        _check_path(inputs)
+        path = (found := part.find_data(inputs))["data_path"]
         said, size = part.task.call("open_data", found, part.asked)
-        return [note(f"{found['data_path']}: {said}", where="data")], size
-    except BadInput as e: return [from_error(e, "data")], 0
-    except Exception as e: return [error(one_line(e), _ATTACHED, "data")], 0
+        return [note(f"{path}: {said.removeprefix(f'{Path(path).name}: ')}", where="data")], size
+    except Exception as e: return [from_error(e, "data")], 0
 
-# %% ../nbs/kaggle_start.ipynb #5d864ff9
+# %% ../nbs/kaggle_start.ipynb #e1db599d
 _WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 def _weights_there(root):
@@ -52,7 +57,7 @@ def weight_findings(
         if short := cut_off(file): return [error(f"{file} is cut off ({short})", again, "weights")]
     try: call_ready("histokit.pipeline:check_asked", part.task.name, dict(absolute_paths(asked)))
     except BadInput as e: return [_misfit(e, files, inputs.root)]
-    except Exception as e: return [error(one_line(e), "restart the session", "weights")]
+    except Exception as e: return [error(one_line(e), _OTHER_MACHINE, "weights")]
     return [note(_weights_said(part, files), where="weights")]
 
 def _misfit(e, files, root):
@@ -104,8 +109,9 @@ def package_findings(part: Part, inputs: Inputs, places: Places)->list:
     except BadInput as e: return [from_error(e, "packages")]
     return [note(", ".join(f"{p} {'installed' if p in got else 'is there'}" for p in packages), where="packages")]
 
-# %% ../nbs/kaggle_start.ipynb #3f5f9b63
+# %% ../nbs/kaggle_start.ipynb #3016e1df
 _TWO_CARDS = "Session options -> Accelerator -> GPU T4 x2"
+_OTHER_MACHINE = "stop the session and start it again, which gives another machine"
 
 def wants_gpu(part: Part)->bool:
     "Whether a part was not told to do without."
@@ -117,7 +123,7 @@ def card_findings(
     "Whether there is a GPU, and each computes what the CPU computes."
     if not any(map(wants_gpu, parts)): return [note("not used: device=cpu", where="GPU")]
     said = ask()
-    if "fault" in said: return [error(f"torch is broken ({said['fault']})", "restart the session", "GPU")]
+    if "fault" in said: return [error(f"torch is broken ({said['fault']})", _OTHER_MACHINE, "GPU")]
     if not said["gpus"]:
         why = f" ({said['cuda_fault']})" if said.get("cuda_fault") else ""
         return [error(f"there is none{why}", f"{_TWO_CARDS}, or device=cpu among the overrides", "GPU")]
@@ -127,9 +133,10 @@ def _card_finding(i, card):
     "What is to be said of one card."
     name = f"{i}, {card['name']}, {size_text(card['bytes'])}, sm_{card['sm'].replace('.', '')}"
     if not card["fault"]: return note(f"{name}: computes", where="GPU")
-    return error(f"{name}: does not compute ({card['fault']})", _TWO_CARDS, "GPU")
+    mend = _TWO_CARDS if "kernel image" in card["fault"] else _OTHER_MACHINE
+    return error(f"{name}: does not compute ({card['fault']})", mend, "GPU")
 
-# %% ../nbs/kaggle_start.ipynb #ecc8df22
+# %% ../nbs/kaggle_start.ipynb #dd1794ba
 _OUTPUT, _LEAST = 500_000_000, 2_000_000_000    # bytes of the output; of memory, below which nothing runs
 _ROOM = "delete what lies there, or stop the session and start it again"
 
@@ -157,7 +164,7 @@ def memory_findings(
     "Whether the memory suffices."
     said = f"{size_text(left())} of memory are free, and the run needs about {size_text(_LEAST + need)}"
     if left() >= _LEAST + need: return [note(said, where="memory")]
-    mend = "stop other sessions' notebooks in this one (Run -> Restart), or lower cache_mb and batch_size"
+    mend = "restart the session (Run -> Restart), or lower cache_mb and batch_size"
     return [(error if left() < _LEAST else warning)(said, mend, "memory")]
 
 # %% ../nbs/kaggle_start.ipynb #a3c924da

@@ -132,6 +132,7 @@ def test_data_that_are_named_are_looked_at_too(tmp_path):
     for name, expected in (("a.h5", "is cut off"), ("b.zip", "attach it unpacked"), ("c.h5", "does not exist")):
         line, = said(data_findings(spots(), Inputs(str(tmp_path), data_path=str(tmp_path/name)))[0])
         assert expected in line
+    assert "there: nothing" in line and "leave it empty" in line
 
 
 def test_pictures_are_decoded(tmp_path):
@@ -191,7 +192,7 @@ def test_a_card_has_to_compute():
     line, = said(card_findings(auto, lambda: dict(gpus=[T4, p100])))
     assert "1, Tesla P100-PCIE-16GB" in line and "sm_60" in line and old in line and "GPU T4 x2" in line
     wrong, = said(card_findings(auto, lambda: dict(gpus=[T4 | dict(fault="a product came out wrong")])))
-    assert "a product came out wrong" in wrong
+    assert "a product came out wrong" in wrong and "another machine" in wrong
     assert not said(card_findings(auto, lambda: dict(gpus=[T4, T4])))
     assert not said(card_findings([spots()], lambda: 1 / 0))
     assert "torch is broken (no libcudart)" in said(card_findings(auto, lambda: dict(fault="no libcudart")))[0]

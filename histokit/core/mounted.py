@@ -99,9 +99,8 @@ def _safetensors_size(path, size):
     ends = re.findall(rb'"data_offsets":\s*\[\s*\d+,\s*(\d+)\s*\]', header)
     return 8 + long + max(map(int, ends), default=0)
 
-# %% ../../nbs/core/mounted.ipynb #feaa4206
-_ATTACH = ("attach the data: Add Input, then the competition (accept its rules first) or the dataset; "
-    "what was detached comes back so too")
+# %% ../../nbs/core/mounted.ipynb #1169501a
+_ATTACH = "attach the data: Add Input, then the competition (accept its rules first) or the dataset"
 _PACKED = "attach it unpacked (Kaggle unpacks what is uploaded as a dataset), or unzip it and set data_path"
 _AGAIN = "upload it again, whole, as a new version of its dataset"
 

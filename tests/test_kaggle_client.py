@@ -165,18 +165,19 @@ def test_what_the_client_forgets_to_declare(tmp_path):
 
 def test_push_sends_the_kernel(kaggle, cli, tmp_path):
     "A kernel of full size, sent with options: the payload, the quota first, the address last."
-    home = shutil.copytree(REPO/"kaggle_kernels"/"histokit-train-submit", tmp_path/"kernels"/"histokit-train-submit")
-    notebook = read_json(home/"histokit-train-submit.ipynb")
+    slug = "cell-types-from-h-e-slides"
+    home = shutil.copytree(REPO/"kaggle_kernels"/slug, tmp_path/"kernels"/slug)
+    (home/"executed.ipynb").unlink(missing_ok=True)
+    notebook = read_json(home/f"{slug}.ipynb")
     del notebook["metadata"]["histokit"]                    # else it would have to be that of the code as it is now
-    write_json(home/"histokit-train-submit.ipynb", notebook)
+    write_json(home/f"{slug}.ipynb", notebook)
     done = cli("push", tmp_path/"kernels", "--image", "original", "--hours", "2.5")
     assert done.exit_code == 0, done.output
-    assert done.stdout == ("someone/histokit-train-submit/1 is saved: "
-        "https://www.kaggle.com/code/someone/histokit-train-submit\n")
+    assert done.stdout == f"someone/{slug}/1 is saved: https://www.kaggle.com/code/someone/{slug}\n"
     assert "GPU quota: 20.0 of 30 hours left, renewed on 05 December" in done.stderr
     [sent] = kaggle.sent("SaveKernel")
     assert sent["text"] == upload_text(read_json(next((tmp_path/"kernels").rglob("*.ipynb"))))
-    asked = dict(slug="someone/histokit-train-submit", newTitle="histokit train submit", isPrivate=True, enableGpu=True,
+    asked = dict(slug=f"someone/{slug}", newTitle="Cell types from H-E slides", isPrivate=True, enableGpu=True,
         enableInternet=True, machineShape="NvidiaTeslaT4", competitionDataSources=[COMPETITION],
         dockerImagePinningType="original", sessionTimeoutSeconds=9000)
     assert {name: sent.get(name) for name in asked} == asked

@@ -6,11 +6,12 @@
 __all__ = ['run_needs', 'Inputs', 'Part', 'read_parts', 'parts_need', 'is_result', 'Places', 'keep_results', 'check_handed_in',
            'hand_in', 'report_objections', 'run_part', 'run_facts', 'end_parts']
 
-# %% ../nbs/kaggle_parts.ipynb #b16edf20
+# %% ../nbs/kaggle_parts.ipynb #940ef23a
 import os, shutil, traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .core.budget import clock
 from .core.checks import html_findings, warning
 from .core.files import atomic, make_dir, read_json, write_text
 from .core.mounted import find_weights, install_mounted
@@ -118,7 +119,7 @@ def parts_need(
     needs = [part.needs for part in parts]
     return list(dict.fromkeys(p for packages, _ in needs for p in packages)), any(hub for _, hub in needs)
 
-# %% ../nbs/kaggle_parts.ipynb #a3a30324
+# %% ../nbs/kaggle_parts.ipynb #27aca3ea
 _TABLES = (".csv", ".html", ".ipynb", ".json", ".md", ".parquet", ".png", ".yaml")
 _WHOLE = ("figures", "index", "predictor", "reports")         # folders of a run that are results as they are
 _OF_FOLDS = ("config.json", "history.csv", "model.safetensors")
@@ -141,6 +142,7 @@ class Places:
     temp: Path             # code, caches and runs; gone when the kernel has ended
     out_dir: str = ""      # of the results; "" for a folder of working
     alone: bool = True     # one part; several have a folder each
+    began: float = field(default_factory=clock)    # when the kernel did
 
     @property
     def code(self)->Path: return Path(self.temp, "code")
@@ -218,12 +220,19 @@ def report_objections(
     if f"<h2>{heading}</h2>" in text: return file
     return write_text(file, text.replace("</h1>", f"</h1><h2>{heading}</h2>{found}", 1))
 
-# %% ../nbs/kaggle_parts.ipynb #ca295b80
+# %% ../nbs/kaggle_parts.ipynb #6dfe3e47
+def _hours_left(part, places):
+    "Of several parts, each gets what the others left of the kernel's `budget_hours`: an override, or none."
+    hours = part.asked.get("budget_hours") or 0
+    if not hours or places.alone: return []
+    return [f"budget_hours={max(hours - (clock() - places.began) / 3600, .05):.2f}"]
+
 def _run(part, inputs, places, file, show):
-    "The run of a part; what it gives is its report."
+    "The run of a part."
     install_mounted(inputs.root, part.needs[0], places.code)
     more = dict(hand_in=str(file)) if file else {}
-    run_pipeline(part.recipe, part.settings(inputs), part.run, show=show, **more)
+    overrides = [*part.settings(inputs), *_hours_left(part, places)]
+    run_pipeline(part.recipe, overrides, part.run, show=show, **more)
 
 def _after(part, what, function, *args):
     "Do what comes after the answer; that it failed is an objection."

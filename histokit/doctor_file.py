@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['not_itself', 'checked', 'known_file', 'known_folder', 'known_path']
 
-# %% ../nbs/doctor_file.ipynb #72500c27
+# %% ../nbs/doctor_file.ipynb #e816a155
 import json
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from .core.files import content_of, read_error
 from .core.machine import Known
 from .core.mounted import cut_off, size_text
 from .core.text import BadInput, one_line, some_of
-from .doctor_run import is_run, known_run, last_error
+from .doctor_run import attempt_judging, is_run, known_run, last_error
 
 # %% ../nbs/doctor_file.ipynb #d148b46e
 _NOT_IT = ("a pointer", "a web page", "packed", "an archive", "zeros only", "empty", "XML")
@@ -30,16 +30,17 @@ def not_itself(
     part = cut_off(path)
     return [error(f"it is cut off: {part}", "copy or download it again")] if part else []
 
-# %% ../nbs/doctor_file.ipynb #050a737e
+# %% ../nbs/doctor_file.ipynb #8f474438
 def checked(
     path,
 )->list:                     # of Finding
     "What the checks say of a path; an error where they cannot be run."
     found = []
-    try: from histokit.checking import check
-    except Exception as e:                     # whatever a broken library raises
-        return [error(f"the checks cannot be run ({one_line(e)[:200]})", "histokit doctor says what is broken")]
-    return list(attempt(found, "", check, path) or []) + found
+    return list(attempt_judging(found, _check, path) or []) + found
+
+def _check(path):
+    from histokit.checking import check
+    return check(path)
 
 def _known_h5(path, data):
     "An HDF5 file: of slides, or an .h5ad."
@@ -55,7 +56,7 @@ def _known_h5(path, data):
         return Known(path.name, "HDF5 file", (error(f"holds {held}, and neither images nor spots"),))
     return Known(path.name, "HDF5 file of slides", tuple(checked(path)))
 
-# %% ../nbs/doctor_file.ipynb #571d65ce
+# %% ../nbs/doctor_file.ipynb #65245c43
 def _alone(table):
     "What is wrong with an answer of which nothing else is known."
     from histokit.core.submission import check_submission
@@ -70,9 +71,9 @@ def _known_answer(path, table, data):
     said = f"answer: {len(table)} rows, {len(table.columns) - 1} targets"
     found = []
     if data:
-        judged = attempt(found, "", answer_findings, path, Path(data)) or [()]
+        judged = attempt_judging(found, answer_findings, path, Path(data)) or [()]
         return Known(path.name, f"{said}, for {data}", (*found, *judged[0]))
-    alone = attempt(found, "", _alone, table) or []
+    alone = attempt_judging(found, _alone, table) or []
     ask = note("held against nothing: what it answers is not known", "give --data FILE.h5, FOLDER or RUN")
     return Known(path.name, said, (*alone, *found, ask))
 
@@ -89,7 +90,7 @@ def _known_csv(path, data):
     shown = f"table: {len(table)} rows, columns {some_of(table.columns, 6)}"
     return Known(path.name, shown, (note("not an answer that is known: its first column would be ID"),))
 
-# %% ../nbs/doctor_file.ipynb #baba6f99
+# %% ../nbs/doctor_file.ipynb #303c20dd
 def _count_weights(path):
     "Tensors, numbers and their types, and names of those that are not finite."
     import torch
@@ -107,7 +108,7 @@ def _loads(path):
 def _known_weights(path, data):
     "A file of weights, or a saved model."
     found = []
-    counted = attempt(found, "", _count_weights, path)
+    counted = attempt_judging(found, _count_weights, path)
     if counted is None: return Known(path.name, "weights", tuple(found))
     n, numbers, kinds, lost = counted
     said = f"weights: {n} tensors, {numbers:,} numbers of {', '.join(kinds)}, {size_text(path.stat().st_size)}"
@@ -179,14 +180,23 @@ def known_file(
     if broken: return dict(file=[Known(path.name, size_text(path.stat().st_size), tuple(broken))])
     return dict(file=[_how_to_look(path)(path, data)])
 
-# %% ../nbs/doctor_file.ipynb #54a56e3b
+# %% ../nbs/doctor_file.ipynb #7f7f4a39
+def _check_kernels(folder):
+    from histokit.kaggle import check_kernels
+    return check_kernels(folder)
+
 def _known_kernels(folder):
     "Every kernel in a folder."
-    from histokit.kaggle import check_kernels
     found = []
-    by_name = attempt(found, "", check_kernels, folder)
+    by_name = attempt_judging(found, _check_kernels, folder)
     if by_name is None: return [Known(folder.name, "Kaggle kernels", tuple(found))]
     return [Known(name, "Kaggle kernel", tuple(some)) for name, some in by_name.items()]
+
+def _files_in(folder):
+    "The files of a known kind in a folder in which, or below which, there is no picture."
+    if any(p.suffix.lower() in _PICTURES for p in folder.rglob("*")): return []
+    endings = [e for some in _BY_ENDING if some != _PICTURES for e in some]
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix.lower() in endings]
 
 def known_folder(
     path,
@@ -199,7 +209,8 @@ def known_folder(
     if (path/"study.db").exists():
         return dict(study=[Known(path.name, "study of the review app", (note("open it", f"histokit review {path}"),))])
     if not any(path.iterdir()): raise BadInput(f"{path} is empty; give a run, or a folder of pictures or kernels")
-    return dict(pictures=[Known(path.name, "folder of pictures", tuple(checked(path)))])
+    files = [known for file in _files_in(path) for known in known_file(file)["file"]]
+    return dict(files=files) if files else dict(pictures=[Known(path.name, "folder of pictures", tuple(checked(path)))])
 
 def known_path(
     path,                    # a run, any other folder, or a file

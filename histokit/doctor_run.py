@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['is_run', 'read_asked', 'how_to_go_on', 'last_error', 'keys_now', 'known_stages', 'is_at_work', 'known_origin',
-           'known_checks', 'known_answer', 'known_run']
+           'attempt_judging', 'known_checks', 'known_answer', 'known_run']
 
-# %% ../nbs/doctor_run.ipynb #42b5b835
+# %% ../nbs/doctor_run.ipynb #527abb18
 import contextlib, fcntl, json
 from pathlib import Path
 from shlex import quote
 
 import yaml
 
-from .core.checks import Finding, attempt, error, note, warning
+from .core.checks import Finding, attempt, error, from_error, note, warning
 from .core.machine import Known
 from .core.progress import duration
 from .core.runs import RunFolder, StageBook, git_commit
@@ -168,7 +168,17 @@ def known_origin(
     halves = note("files that were being written when it was stopped", "the next run removes them")
     return [*out, Known("half-written", some_of(left), (halves,))]
 
-# %% ../nbs/doctor_run.ipynb #7e79f6e7
+# %% ../nbs/doctor_run.ipynb #2999705c
+def attempt_judging(
+    found: list,             # grows by one where it fails
+    judge, *args,
+):                           # what `judge` gave, or None
+    "Call what imports torch and others; where a library does not load, that is the finding."
+    try: return judge(*args)
+    except ImportError as e:
+        found.append(error(f"cannot be judged: {one_line(e)[:200]}", "histokit doctor says what is broken"))
+    except Exception as e: found.append(from_error(e))
+
 def _findings_in(value):
     "The findings of `checks.json`, whichever stage wrote it."
     parts = value.get("parts", value) if isinstance(value, dict) else {}
@@ -197,8 +207,8 @@ def known_answer(
         ended = all(s.name in done for s in task.stages if not s.reports)
         return [] if not ended or task.name not in ("spots", "images") else [Known("submission.csv", "none")]
     wrong = []
-    table = attempt(wrong, "", task.call, "check_answer", run)
-    if wrong: return [Known("submission.csv", "not valid", tuple(wrong))]
+    table = attempt_judging(wrong, task.call, "check_answer", run)
+    if wrong: return [Known("submission.csv", "not judged, or not valid", tuple(wrong))]
     if table is None: return []
     return [Known("submission.csv", f"valid: {len(table)} rows, {len(table.columns) - 1} targets")]
 

@@ -33,14 +33,21 @@ class Known:
         found = [f.to_dict() for f in self.findings]
         return dict(name=self.name, value=self.value, level=self.level, findings=found)
 
-# %% ../../nbs/core/machine.ipynb #0c6ca3d8
+# %% ../../nbs/core/machine.ipynb #3757e7fa
+_MOST = 10             # findings of a thing that are written out
+
+def _said(finding):
+    "A finding in one line."
+    mend = f"; {finding.mend}" if finding.mend else ""
+    where = f"{finding.where}: " if finding.where else ""
+    return f"{finding.level}: {one_line(where + finding.what + mend)}"
+
 def _lines_of(known, width):
     "A line, and one for each finding below it."
     yield f"  {known.level:8} {known.name:{width}}  {known.value}".rstrip()
-    for f in worst_first(known.findings):
-        mend = f"; {f.mend}" if f.mend else ""
-        where = f"{f.where}: " if f.where else ""
-        yield f"  {'':8} {'':{width}}  {f.level}: {one_line(where + f.what + mend)}"
+    said = list(map(_said, worst_first(known.findings)))
+    more = [f"and {len(said) - _MOST} more, which --json lists"] if len(said) > _MOST else []
+    for line in [*said[:_MOST], *more]: yield f"  {'':8} {'':{width}}  {line}"
 
 def _section(some):
     "The lines of a section, their values below one another."

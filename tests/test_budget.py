@@ -1,5 +1,8 @@
 "A run's hours: what is planned, what is left out and said, and that there is always an answer; GPUs and memory."
+import importlib
 import json
+import shutil
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -7,17 +10,28 @@ import pytest
 import torch
 
 from histokit.core.budget import Budget, budget_sentence, left_out_folds, open_budget, run_began
+from histokit.core.processes import Job, find_function
 from histokit.core.runs import RunFolder, run_lock
 from histokit.core.submission import check_submission
 from histokit.core.text import BadInput
-from histokit.learn.devices import call_float32
+from histokit.frozen.features import cached_features
+from histokit.learn.batches import predict_views
+from histokit.learn.devices import call_float32, own_device
+from histokit.pictures.classification import run_classification, stage_pictures
+from histokit.pictures.classify_settings import ClassifySettings
+from histokit.pictures.explaining import ExplainSettings, explain_run, open_classified
+from histokit.pictures.picture_report import data_sentences
+from histokit.pictures.prepared import open_pictures
+from histokit.pictures.task import report as picture_run_report
 from histokit.spots.answers import run_prediction
 from histokit.spots.check_run import check_run
 from histokit.spots.crossval import run_training
 from histokit.spots.demo import smoke_demo
-from histokit.spots.results import read_run
+from histokit.spots.network import create_model
+from histokit.spots.results import open_stage, read_run
 from histokit.spots.run_figures import read_answered
 from histokit.spots.settings import PredictionSettings, TrainingSettings
+from histokit.spots.spot_data import SpotData
 
 QUIET = lambda line: None
 NETWORK = dict(backbone="test_resnet.r160_in1k", weights="none", head="linear")
@@ -226,6 +240,175 @@ def test_frozen_folds_are_left_out_and_the_head_of_all_slides_is_not(hands, tmp_
     assert np.isfinite(found.answers[:, data.is_test]).all() and np.isnan(found.oof[missing]).all()
     answer = run_prediction(RunFolder(tmp_path), smoke_demo(), PredictionSettings(views="none", budget_hours=.15))
     assert (tmp_path/"submission.csv").exists() and len(answer.folds.train) == (~missing).sum()
+
+
+# --- pictures ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory): return stage_pictures(RunFolder(tmp_path_factory.mktemp("pictures")))
+
+
+def classify(pictures, folder, hours=0., say=QUIET, **changed):
+    "The metrics of a fine-tuned classifier, as small as can be."
+    run = RunFolder(folder).make()
+    for name in ("items.parquet", "images.json", "pictures.npy"): shutil.copy(pictures.run/name, run/name)
+    asked = dict(method="finetune", epochs=2, device="cpu", views="mirror", probe_rung=False, budget_hours=hours)
+    return run_classification(run, open_pictures(run), ClassifySettings(**(asked | changed)), say)
+
+
+def answers_of(folder): return pd.read_parquet(folder/"oof.parquet"), pd.read_csv(folder/"submission.csv")
+
+
+def same(one, other):
+    for a, b in zip(answers_of(one), answers_of(other)): pd.testing.assert_frame_equal(a, b, check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def classified(pictures, tmp_path_factory):
+    "The classifier without a limit, and the hours that it takes by the model's clock."
+    with pytest.MonkeyPatch.context() as patch:
+        torch.set_num_threads(1)
+        clock, folder = Hands(patch), tmp_path_factory.mktemp("classified")
+        classify(pictures, folder)
+        return folder, clock.now / 3600
+
+
+def test_pictures_with_plenty_of_time(hands, pictures, classified, tmp_path):
+    folder, hours = classified
+    assert classify(pictures, tmp_path, 3 * hours)["budget"] == ""
+    same(tmp_path, folder)
+
+
+def test_pictures_with_less_time_killed_or_not(hands, pictures, classified, tmp_path):
+    "All folds have fewer epochs, and are those that would have been asked for with them."
+    less = .75 * classified[1]
+    metrics = classify(pictures, tmp_path/"less", less)
+    assert hands.now <= less * 3600 and metrics["budget"].endswith("h: epochs 1 of 2")
+    classify(pictures, tmp_path/"asked", epochs=1)
+    same(tmp_path/"less", tmp_path/"asked")
+    def stop(line):
+        if "fold 1  epoch 1" in line: raise Dies
+    with pytest.raises(Dies): classify(pictures, tmp_path/"killed", less, stop)
+    lines = []
+    assert classify(pictures, tmp_path/"killed", less, lines.append)["budget"] == metrics["budget"]
+    assert any("fold 0  finished before, after epoch 1" in line for line in lines)
+    same(tmp_path/"less", tmp_path/"killed")
+    assert not list(tmp_path.rglob("last.pt"))                    # what resuming needed goes with the model
+
+
+def test_pictures_without_time_are_answered(hands, pictures, tmp_path):
+    "By one fold after one epoch, with honest scores of the pictures that it held out; the report can be written."
+    lines = []
+    metrics = classify(pictures, tmp_path, .0001, lines.append, probe_rung=True,
+        backbone="test_resnet.r160_in1k,test_vit.r160_in1k")
+    run = RunFolder(tmp_path)
+    assert left_out_folds(run) == [1, 2] and metrics["budget"] == run.json("metrics.json")["budget"] == lines[-1]
+    for part in ("epochs 1 of 2", "folds 1 and 2 of 3 were not trained", "without test_vit.r160_in1k"):
+        assert part in lines[-1]
+    assert run.folds() == [0] and len(metrics["weights"]) == 1 and metrics["at_threshold"] == {}
+    oof, answer = answers_of(tmp_path)
+    assert set(oof.fold) == {0} and list(answer.id) == list(pictures.form.ids) and answer.iloc[:, 1].between(0, 1).all()
+    assert not any(row["name"].endswith(", frozen") for row in metrics["ladder"])
+    assert metrics["budget"] in picture_run_report(run)
+    answered = open_classified(run)
+    assert len(answered.p) == len(oof) and any("were not trained" in said for said in data_sentences(answered))
+    explain_run(answered, ExplainSettings(draws=20, failures=2, samples=2))
+
+
+def test_encoders_of_pictures_for_which_there_is_no_time(hands, pictures, tmp_path, monkeypatch):
+    "Views first, then encoders; hand-made features cost nothing here."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
+    both = dict(method="probe", views="crops", backbone="test_resnet.r160_in1k,test_vit.r160_in1k")
+    metrics = classify(pictures, tmp_path/"run", 300 / 3600, **both)
+    said = metrics["budget"].partition(": ")[2]
+    assert said.startswith("views ") and said.endswith("without test_vit.r160_in1k")
+    assert len(metrics["weights"]) == 1 and len(answers_of(tmp_path/"run")[0]) == len(pictures.train)
+
+
+# --- one process a GPU, and memory -------------------------------------------------------------
+
+def in_its_process(function, args, changes, say, slot):
+    "A job in a process where memory suffices for few rows and the machine has two GPUs, as far as it is asked."
+    module = importlib.import_module(function.partition(":")[0])
+    def own(device, slot):
+        with mock.patch("histokit.learn.devices.gpus", return_value=2): say(f"on {own_device(device, slot)}")
+        return "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "own_device", own)
+        cramp(patch, changes)
+        return find_function(function)(*args, say=say, slot=slot)
+
+
+def cramp(patch, most):
+    "Memory for so many rows."
+    def call(function, inputs, context):
+        if len(next(iter(inputs.values()))) > most: raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried …")
+        return call_float32(function, inputs, context)
+    for page in ("trainer", "batches"): patch.setattr(f"histokit.learn.{page}.call_float32", call)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    "Two GPUs with little memory, as far as this machine can pretend."
+    monkeypatch.setattr("histokit.learn.devices.gpus", lambda: 2)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for page in ("histokit.spots.crossval", "histokit.pictures.classifier"):
+        job = lambda function, args, talks: Job("test_budget:in_its_process", (function, args, 12), talks)
+        monkeypatch.setattr(f"{page}.Job", job)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_spots_train_on_two_gpus_by_default_and_memory_may_run_out(two_gpus, tmp_path, monkeypatch):
+    "Each process has its own; the answers are those of one after another, to the last bit."
+    lines, how = [], dict(epochs=1, device="auto", amp=False)
+    found = train(tmp_path/"two", say=lines.append, **how)[1]
+    cramp(monkeypatch, 12)
+    assert {line for line in lines if line.startswith("on ")} == {"on cuda:0", "on cuda:1"}
+    assert any("out of memory with 32 rows at once: going on with 16" in line for line in lines)
+    alone = train(tmp_path/"one", **(how | dict(device="cpu", fold_processes=1)))[1]
+    np.testing.assert_array_equal(found.oof, alone.oof)
+
+
+@pytest.mark.slow
+def test_pictures_train_on_two_gpus_by_default_and_memory_may_run_out(two_gpus, pictures, tmp_path, monkeypatch):
+    lines, how = [], dict(epochs=1, amp=False)
+    classify(pictures, tmp_path/"two", say=lines.append, device="auto", **how)
+    assert {line for line in lines if line.startswith("on ")} == {"on cuda:0", "on cuda:1"}
+    assert any("out of memory with 16 rows at once: going on with 8" in line for line in lines)
+    cramp(monkeypatch, 12)
+    classify(pictures, tmp_path/"one", fold_processes=1, **how)
+    same(tmp_path/"two", tmp_path/"one")
+
+
+def test_two_processes_share_one_plan(tmp_path):
+    "The first two folds have an epoch each, and the third no time; by the real clock, however fast it is."
+    found = train(tmp_path, 1e-5, fold_processes=2)[1]
+    plan = json.loads((tmp_path/"budget.json").read_text())["plans"]["folds"]
+    assert len(left_out_folds(tmp_path)) == 1 and set(epochs_of(found).values()) == {1}
+    assert plan["epochs"] == 1 and set(plan["epochs_of"].values()) <= {1}
+
+
+def test_a_frozen_encoder_and_its_views_fit_into_memory(monkeypatch, tmp_path):
+    "The features and answers are those of whole batches; what fails for another reason is not tried again."
+    torch.manual_seed(0)
+    model = create_model(3, **NETWORK).eval()
+    data = open_stage(RunFolder(tmp_path), smoke_demo())
+    dataset = SpotData(*data, TrainingSettings(input_px=32)).dataset(np.arange(40))
+    how = dict(device="cpu", identity=dict(rows="first"))
+    features, = cached_features(model, dataset, "none", tmp_path/"whole", **how)
+    views = predict_views(model, dataset, "flips")
+    cramp(monkeypatch, 7)
+    again, = cached_features(model, dataset, "none", tmp_path/"pieces", **how)
+    np.testing.assert_allclose(again, features, rtol=1e-2, atol=1e-3)                     # kept in half precision
+    np.testing.assert_allclose(predict_views(model, dataset, "flips"), views, rtol=1e-4, atol=1e-5)
+    cramp(monkeypatch, 0)
+    with pytest.raises(BadInput, match="out of memory with a single picture"): predict_views(model, dataset, "none")
+    def broken(*args): raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr("histokit.learn.batches.call_float32", broken)
+    with pytest.raises(RuntimeError, match="mat1"): predict_views(model, dataset, "none")
 
 
 # --- the start of a run ------------------------------------------------------------------------

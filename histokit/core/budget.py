@@ -14,7 +14,7 @@ from .files import read_json
 from .runs import RunFolder
 from .text import BadInput
 
-# %% ../../nbs/core/budget.ipynb #70ae68df
+# %% ../../nbs/core/budget.ipynb #2213f8f0
 _now = time.monotonic        # what a test sets by hand
 
 def clock()->float:
@@ -39,6 +39,13 @@ class Budget:
     def seconds(self)->float:
         "All of it."
         return 3600 * self.hours
+
+    def share(self,
+        parts: int,          # pieces of work that are still to come
+    )->"Budget":
+        "What the first of them may take, from now on."
+        if not self or parts == 1: return self
+        return Budget(max(self.left() / parts, 1) / 3600, clock())
 
     def left(self,
         but: float = 0.,     # share of the whole that is kept for what comes after

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'batch_rows', 'balanced_weights', 'checked_weights', 'sampling_weights', 'BatchDataset', 'ahead',
            'seed_step', 'Batches', 'loader', 'to_device', 'predict_batches', 'predict', 'predict_views']
 
-# %% ../../nbs/learn/batches.ipynb #06c60c74
+# %% ../../nbs/learn/batches.ipynb #e6bd7737
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 import random, zlib
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core.progress import track
-from ..core.text import BadInput, choose
+from ..core.text import BadInput, choose, say_once
 from .devices import autocast, call_float32, pick_precision
 from .views import find_view, find_views
 
@@ -174,7 +174,7 @@ def loader(
     order = batch_rows(len(dataset), batch_size, shuffle=shuffle, seed=seed)
     return Batches(dataset, order, seed=seed, workers=workers)
 
-# %% ../../nbs/learn/batches.ipynb #b127f0f9
+# %% ../../nbs/learn/batches.ipynb #96766093
 def to_device(
     inputs: dict,                  # of tensors
     device,
@@ -183,6 +183,37 @@ def to_device(
     "A dictionary of tensors on the device."
     layout = lambda v: torch.channels_last if channels_last and v.ndim == 4 else torch.preserve_format
     return {k: v.to(device, non_blocking=True, memory_format=layout(v)) for k, v in inputs.items()}
+
+class _AtOnce:
+    "How many rows pass through a model at once: as many as asked, and half as many each time that memory runs out."
+    def __init__(self, rows: int): self.rows = rows
+
+    def __call__(self,
+        answer,          # inputs -> (b, …) array
+        inputs: dict,    # of tensors on the device
+    )->np.ndarray:       # (b, …)
+        "The answers to all rows, in as many pieces as memory asks for."
+        while True:
+            try: return self._in_pieces(answer, inputs)
+            except RuntimeError as e:
+                from accelerate.utils.memory import should_reduce_batch_size
+                if not should_reduce_batch_size(e): raise
+            self._halve(len(next(iter(inputs.values()))))      # not in the handler, which holds what was filled
+
+    def _in_pieces(self, answer, inputs):
+        n = len(next(iter(inputs.values())))
+        if n <= self.rows: return answer(inputs)
+        parts = [{k: v[a:a + self.rows] for k, v in inputs.items()} for a in range(0, n, self.rows)]
+        return np.concatenate([answer(part) for part in parts])
+
+    def _halve(self, n):
+        from accelerate.utils import release_memory
+        full = min(self.rows, n)
+        if full < 2:
+            raise BadInput("out of memory with a single picture; take smaller pictures or a smaller model") from None
+        self.rows = (full + 1) // 2
+        release_memory()
+        say_once(f"out of memory with {full} pictures at once: going on with {self.rows}")
 
 @torch.inference_mode()
 def predict_batches(
@@ -201,11 +232,12 @@ def predict_batches(
     model.to(device).eval()
     several, precision = isinstance(view, (tuple, list)), pick_precision(amp, device)
     changes = [find_view(v) for v in (view if several else [view])]
-    order = batch_rows(len(dataset), batch_size)[part]
+    order, at_once = batch_rows(len(dataset), batch_size)[part], _AtOnce(batch_size)
     batches = Batches(dataset, order, seed=seed, workers=workers)
+    of = lambda change: lambda some: _answer_view(model, some, change, encode, autocast(precision, device))
     for inputs, target in track(batches, "batches encoded" if encode else "batches predicted", len(order)):
         inputs = to_device(inputs, device)
-        out = [_answer_view(model, inputs, change, encode, autocast(precision, device)) for change in changes]
+        out = [at_once(of(change), inputs) for change in changes]
         yield np.stack(out, 1) if several else out[0], target.numpy()
 
 def _answer_view(model, inputs, change, encode, precision):

@@ -6,7 +6,7 @@
 __all__ = ['SMALL_CLASSIFIER', 'ExplainSettings', 'Answered', 'open_classified', 'explained_run', 'CaseMaps', 'map_cases',
            'shots_of', 'run_histories', 'curve_figures', 'Audit', 'audit_run', 'Explained', 'explain_run']
 
-# %% ../../nbs/pictures/explaining.ipynb #8a7bb055
+# %% ../../nbs/pictures/explaining.ipynb #b67180c0
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.budget import left_out_folds
 from ..core.compute import pick_device
 from ..core.runs import RunFolder
 from ..core.settings import check_device, within
@@ -50,7 +51,7 @@ class ExplainSettings:
         within(self, "seed", low=0)
         check_device(self.device)
 
-# %% ../../nbs/pictures/explaining.ipynb #22b2be75
+# %% ../../nbs/pictures/explaining.ipynb #863c6ca4
 @dataclass
 class Answered:
     "A run's training pictures with their out-of-fold answers."
@@ -99,7 +100,7 @@ def open_classified(
     run: RunFolder,
 )->Answered:
     "What the stages before have left; `BadInput` where one of them has not run."
-    data, table = open_pictures(run), run.table("oof.parquet", "11_classify")
+    data, table = open_pictures(run).without(left_out_folds(run)), run.table("oof.parquet", "11_classify")
     if len(table) != len(data.train):
         what = f"oof.parquet has {len(table)} rows for {len(data.train)} training pictures"
         raise BadInput(f"{run.path}: {what}; run 11_classify again")

@@ -38,7 +38,7 @@ def compared(
     if high < 0: return "below it for sure"
     return f"{'above' if value > 0 else 'below' if value < 0 else 'equal to'} it, which may be chance"
 
-# %% ../../nbs/pictures/picture_report.ipynb #e6b5c51a
+# %% ../../nbs/pictures/picture_report.ipynb #e32dedff
 def _units(answered):
     "What the intervals are drawn over, in words."
     items = answered.data.items.iloc[answered.data.train]
@@ -61,6 +61,7 @@ def data_sentences(
         f"How they were found: {data.layout}.",
         f"Each was answered by the one of {folds} folds that saw neither it nor anything of its patient or group."]
     if len(data.test): said.append(f"{_counted(len(data.test), 'further picture')} without a label were answered.")
+    if kept := answered.metrics.get("budget"): said.append(f"{kept[0].upper()}{kept[1:]}.")
     left = len(facts.get("left_out") or [])
     if left: said.append(f"{_counted(left, 'picture')} could not be used; the reasons are listed below.")
     return said

@@ -197,7 +197,7 @@ def check_enough(
     if missing := [c for k, c in enumerate(table.classes) if not train.label.eq(k).any()]:
         raise BadInput(f"no picture of class {missing[0]} can be read; the first that cannot: {first}")
 
-# %% ../../nbs/pictures/prepared.ipynb #bb5589c5
+# %% ../../nbs/pictures/prepared.ipynb #7b21104f
 class PreparedPictures:
     "What the first stage left in a run folder."
     def __init__(self,
@@ -208,7 +208,7 @@ class PreparedPictures:
         self.items = self.run.table("items.parquet", "10_images")
         self.classes, self.kind, self.root = tuple(facts["classes"]), facts["kind"], Path(facts["root"])
         self.form = AnswerForm(**facts["form"]) if facts["form"] else None
-        self.facts, self.layout = facts, facts["layout"]
+        self.facts, self.layout, self.hidden = facts, facts["layout"], ()
 
     @property
     def pixels(self)->np.ndarray:
@@ -217,8 +217,17 @@ class PreparedPictures:
 
     @property
     def train(self)->np.ndarray:
-        "Rows to learn from."
-        return np.flatnonzero(self.items.split.eq("train"))
+        "Rows to learn from; once folds are hidden, those that other folds hold out."
+        rows = self.items.split.eq("train")
+        return np.flatnonzero(rows & ~self.items.fold.isin(self.hidden) if self.hidden else rows)
+
+    def without(self,
+        folds,                   # numbers
+    )->"PreparedPictures":
+        "The same pictures as they are when these folds have not answered theirs."
+        other = copy.copy(self)
+        other.hidden = tuple(folds)
+        return other
 
     @property
     def test(self)->np.ndarray:

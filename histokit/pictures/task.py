@@ -69,7 +69,7 @@ def _bytes_needed(n, pictures, how):
     models = 0 if how.method == "probe" else pictures.folds * len(how.members()) * 100_000_000
     return n * 3 * pictures.input_px ** 2 + models + 50_000_000
 
-# %% ../../nbs/pictures/task.ipynb #aad7b918
+# %% ../../nbs/pictures/task.ipynb #4c9f8b2a
 def _figure(of):
     interval = f" [{of['low']:.3f}, {of['high']:.3f}]" if of["low"] is not None else ""
     return f"{of['value']:.3f}{interval}"
@@ -96,6 +96,7 @@ def report(
     lines += [format_ladder(pd.DataFrame(metrics["ladder"])), *_threshold_lines(metrics), *_site_lines(metrics)]
     if test := metrics.get("test"):
         lines.append(f"Test pictures whose folder names their class ({test['pictures']}): AUC {test['auc']:.3f}.")
+    if metrics.get("budget"): lines += ["", f"Left out, {metrics['budget']}."]
     home = os.path.relpath(run.path)
     places = dict(submission="submission.csv", figures="figures/", report="report.html", notebooks="*.ipynb")
     there = {what: where for what, where in places.items() if "*" in where or run.has(where)}

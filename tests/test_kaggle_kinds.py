@@ -16,6 +16,7 @@ from histokit.kaggle_cells import carried
 from histokit.kaggle_infer import find_trained
 from histokit.kaggle_kinds import KERNEL_KINDS
 from histokit.kaggle_parts import is_result
+from histokit.kaggle_show import SHOWN_COPY, copy_fits
 from histokit.pictures.folders import find_pictures
 from histokit.pictures.toy import smoke_pictures
 from histokit.pipeline import run_pipeline
@@ -149,6 +150,25 @@ def test_the_command_builds_each_kind(tmp_path, monkeypatch):
     assert read_json(home/"kernel-metadata.json")["kernel_sources"] == ["another/kernel"]
     bad = cli("build", tmp_path, "--kind", "train")
     assert bad.exit_code == 1 and len(bad.output.splitlines()) == 1
+
+
+# --- the executed copies -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KERNEL_KINDS)
+def test_the_executed_copy_shows_the_kernel(kind):
+    "The kernel's own cells, pictures, nothing of the machine that made it. If not: histokit kernels show"
+    home = COMMITTED/SLUGS[kind]
+    assert copy_fits(home) == ""
+    text, copy = (home/SHOWN_COPY).read_text(encoding="utf-8"), read_json(home/SHOWN_COPY)
+    assert len(text.encode()) < 1_000_000 and re.fullmatch(r"[0-9a-f]{12}", copy["metadata"]["histokit"]["code"])
+    code = [c for c in copy["cells"] if c["cell_type"] == "code"]
+    outputs = [o for c in code for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 1
+    words = re.sub(r'"image/png": "[^"]*"', "", text)
+    assert not re.search(r"/(home|root|Users|work|tmp|opt)/\w", words)
+    shown = ["".join(c["source"]) for c in code]
+    assert max(map(len, shown)) < 4000 and sum("more lines, which are in the kernel" in s for s in shown) >= 7
 
 
 # --- infer ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import tempfile
+from multiprocessing.util import Finalize
 
 # nohup and & start a program that ignores Ctrl-C, and so would the programs that the tests stop with it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -16,13 +17,11 @@ def pytest_configure(config):
     "What the tests write beside pytest's own folders lies in one folder, which goes when they end."
     if hasattr(config, "workerinput"): return                              # a worker has it from the one who started it
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # where pytest keeps what a failed test left
-    config.own_folder = tempfile.mkdtemp(prefix="histokit-tests-")
-    os.chmod(config.own_folder, 0o711)                                     # PostgreSQL runs as another user
-    os.environ["TMPDIR"], tempfile.tempdir = config.own_folder, None
-
-
-def pytest_unconfigure(config):
-    if hasattr(config, "own_folder"): shutil.rmtree(config.own_folder, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix="histokit-tests-")
+    os.chmod(folder, 0o711)                                     # PostgreSQL runs as another user
+    os.environ["TMPDIR"], tempfile.tempdir = folder, None
+    # after multiprocessing has removed its own folder there (exitpriority -100)
+    Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
 
 
 # the least that runs every stage

@@ -19,17 +19,19 @@ from .core.runs import RunFolder
 from .core.submission import AnswerForm, check_submission, form_of_template, read_submission
 from .core.text import BadInput, choose, some_of
 from .learn.batches import Batches
-from .learn.check_batches import (
-    check_apart, check_encoder_input, check_images, check_items, check_labels, pictures_of, split_item)
+from histokit.learn.check_batches import (
+    check_apart, check_encoder_input, check_images, check_items, check_labels, model_scaling, pictures_of, split_item,
+    try_theirs)
 from .learn.check_steps import check_logits, check_predictor, check_step
 from .learn.checks import check_loss, check_norms, check_optimizer, modes_kept
 from .learn.finite import is_finite
 from .learn.losses import Loss
 from .learn.networks import ImageModel
+from .pictures.check_classifier import check_classification
 from .pictures.check_pictures import check_pictures
 from .pictures.look import check_picture_folder
 from .pictures.picture_answers import asked_pictures, is_picture_run, picture_answer_findings
-from .pictures.prepared import PreparedPictures, open_pictures
+from .pictures.prepared import PreparedPictures
 from .spots.check_file import check_file
 from .spots.check_patches import check_dataset
 from .spots.check_predictions import check_predictions
@@ -73,7 +75,7 @@ def _dataset_findings(dataset, c, where="dataset"):
         found = check_items(dataset, where=where, **how)
     if c.train is None: return found
     apart = []
-    out = attempt(apart, "split", check_apart, _dataset_of(c.train), dataset)
+    out = try_theirs(apart, "split", check_apart, _dataset_of(c.train), dataset)
     return found + apart + (out or [])
 
 def _dataset_of(thing): return thing.dataset if isinstance(thing, (DataLoader, Batches)) else thing
@@ -82,7 +84,7 @@ def _loader_findings(loader, c):
     "What is wrong with a loader: its dataset, a batch of it, its order."
     found = _dataset_findings(loader.dataset, c)
     some = []
-    batch = attempt(some, "batch", lambda: next(iter(loader)))
+    batch = try_theirs(some, "batch", lambda: next(iter(loader)))
     if batch is None: return found + (some or [error("the loader gives no batch", "give it items", "batch")])
     ordered = isinstance(getattr(loader, "sampler", None), SequentialSampler)
     if c.training and ordered:
@@ -92,7 +94,7 @@ def _loader_findings(loader, c):
 def _batch_findings(batch, c):
     "What is wrong with a batch."
     found = []
-    inputs, target = attempt(found, "batch", split_item, batch) or ({}, None)
+    inputs, target = try_theirs(found, "batch", split_item, batch) or ({}, None)
     for name, image in pictures_of(inputs).items():
         found += check_images(image, f"batch {name}", normalised=True, dark=True)
     whole = target is not None and target.ndim == 1 and not target.is_floating_point()
@@ -127,6 +129,12 @@ def _default_step(model, c, inputs, target):
         return loss.item()
     return step
 
+def _raw_of(inputs):
+    "The pictures of a batch as floats in 0-1, where they are bytes; None where somebody may have scaled them."
+    pictures = list(pictures_of(inputs).values())
+    if not pictures or any(p.dtype != torch.uint8 for p in pictures): return None
+    return torch.cat(pictures).float() / 255
+
 def _asked_with_batch(model, c):
     "What a model's answers to a batch, and steps on it, say."
     inputs, target = split_item(c.batch)
@@ -134,7 +142,9 @@ def _asked_with_batch(model, c):
     predict, rows = _asked_model(model, inputs, c.predict), torch.arange(n)
     with modes_kept(model), torch.no_grad():
         encoder = _encoder_of(model)
-        if encoder is not None: found += check_encoder_input(encoder, lambda: predict(rows))
+        scaling = model_scaling(model) if isinstance(model, ImageModel) else None
+        call = lambda: predict(rows)
+        if encoder is not None: found += check_encoder_input(encoder, call, _raw_of(inputs), scaling)
         found += check_predictor(predict, rows, model)
         out = _called(model.eval(), inputs)
     if target is None: return found
@@ -153,7 +163,7 @@ def _model_findings(model, c):
     if c.batch is None:
         return found + [note("without a batch nothing is known of its answers", "check(model, batch=…)")]
     some = []
-    return found + (attempt(some, "batch", _asked_with_batch, model, c) or some)
+    return found + (try_theirs(some, "model", _asked_with_batch, model, c) or some)
 
 # %% ../nbs/checking.ipynb #a02d53c7
 _ID_NAMES = ("id", "image_id", "spot_id", "image", "file", "filename")
@@ -220,7 +230,7 @@ def _is_run(path): return any((path/name).exists() for name in _OF_RUNS)
 def _run_findings(path, c):
     "What is wrong with a run, of slides or of pictures."
     run = RunFolder(path)
-    if is_picture_run(path): return _prepared_findings(open_pictures(run))
+    if is_picture_run(path): return [f for found in check_classification(run).values() for f in found]
     data = c.data or run.parameters.get("data_path") or ""
     if run.has("slides.h5") and not (data and Path(data).exists()): data = run/"slides.h5"
     parts, _ = check_run(run, data)
@@ -279,4 +289,4 @@ def check(
             "or an array")
     named = thing.name if isinstance(thing, Path) else Path(thing).name if kind == "path" else type(thing).__name__
     found = []
-    return Findings(attempt(found, kind, _KINDS[kind][1], thing, c) or found, f"{kind} {named}")
+    return Findings(try_theirs(found, kind, _KINDS[kind][1], thing, c) or found, f"{kind} {named}")

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 
 from ..core.checks import error, located, show_findings
-from ..learn.check_batches import check_handles, check_images, check_leak, target_findings
+from ..learn.check_batches import (
+    check_handles, check_images, check_leak, pictures_of, target_findings)
 from .patches import cut_patch
 from .sampling import slide_shape
 
 # %% ../../nbs/spots/check_patches.ipynb #51d39b45
 def _middle_third(image):
-    "The middle third of (3, s, s) as float."
+    "The middle third of (3, s, s) as float, averaged to 8 x 8: ways to shrink a patch differ in its finest detail."
     s = image.shape[-1]
     a, b = s // 3, max(s // 3 + 1, s - s // 3)
-    return np.asarray(image)[:, a:b, a:b].astype(np.float32)
+    middle = torch.as_tensor(np.asarray(image)[:, a:b, a:b].astype(np.float32))
+    return torch.nn.functional.adaptive_avg_pool2d(middle, min(8, b - a)).numpy()
 
 def _reference_patch(
     dataset, i,              # HESpotDataset and an index
@@ -53,13 +55,14 @@ def _misfit(dataset, i, px, **moved):
     return float(np.abs(reference - _middle_third(dataset[i][0]["image"])).mean())
 
 _STEPS = (-.5, -.25, 0, .25, .5)           # sides of a patch
+_FITS = 4.                                 # grey levels
 
 def _where_cut(dataset, rows, px):
     "Where these patches fit the slide, in words."
     typical = lambda **moved: np.median([_misfit(dataset, i, px, **moved) for i in rows])
     guesses = {(dx, dy): typical(dx=dx, dy=dy) for dx in _STEPS for dy in _STEPS}
     best = min(guesses, key=guesses.get)
-    near = min(8, .5 * guesses[best])
+    near = min(_FITS, .5 * guesses[best])
     if typical(swap=True) < near: return "they fit with x and y swapped"
     if typical(bgr=True) < near: return "they fit with red and blue exchanged (BGR)"
     if guesses[best] < 12 and best != (0, 0):
@@ -74,7 +77,7 @@ def check_centred(
 )->list:
     "Whether patches show the slide at their spot; if not, where they were cut."
     px = dataset[index[0]][0]["image"].shape[-1]
-    bad = [i for i in index if _misfit(dataset, i, px) > 8]
+    bad = [i for i in index if _misfit(dataset, i, px) > _FITS]
     if not bad: return []
     kind = " at the border" if _border_rows(dataset)[bad].all() else ""
     what = f"{len(bad)} of {len(index)} patches{kind} do not show the slide at their spot"
@@ -132,7 +135,9 @@ def check_dataset(
     index = sorted({int(i) for i in [*at_random, *at_border]})
     items = [dataset[i] for i in index]
     as_cut = getattr(dataset, "augment", None) is None         # augmented patches differ from the slide, and each time
-    out = check_images(np.stack([np.asarray(inputs["image"]) for inputs, _ in items]), where)
+    out = []
+    for name in pictures_of(items[0][0]):
+        out += check_images(np.stack([np.asarray(inputs[name]) for inputs, _ in items]), where)
     if as_cut: out += check_centred(dataset, index, where)
     found = [*_item_findings(items), *_worker_findings(dataset, index[:8] if as_cut else [], workers)]
     return out + located(found, where)

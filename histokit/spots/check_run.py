@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from ..core.budget import left_out_folds
-from ..core.checks import FINDING_LEVELS, attempt, check_scale, error, has_error, located, warning
+from ..core.checks import FINDING_LEVELS, attempt, check_scale, error, has_error, located, note, warning
 from ..core.runs import RunFolder
 from ..core.settings import settings_from
 from ..learn.check_batches import check_encoder_input, model_scaling
@@ -23,12 +23,13 @@ from ..learn.networks import param_groups, trial_step
 from .check_file import check_file
 from .check_patches import check_dataset
 from .check_predictions import check_predictions, check_submission_file
-from .crossval import Finetuning, open_spots
+from .crossval import Finetuning
 from .kept_run import KEPT_FOLDER
 from .network import load_model
 from .settings import TrainingSettings
 from .slides import DataFactory
 from .splits import check_split, fold_rows
+from .spot_data import open_spots
 
 # %% ../../nbs/spots/check_run.ipynb #359b6196
 def _groups_apart(groups, fold):
@@ -67,8 +68,10 @@ def _divided_patients(spots, fold, where):
     "Patients whose slides lie in several folds."
     apart = _groups_apart(spots.patient, fold) if "patient" in spots else []
     if not apart: return []
+    if spots.patient.nunique() == 1:
+        return [note(f"all slides are of patient {apart[0]}", "know that the score is for this patient", where)]
     return [warning(f"sections of patients {', '.join(map(str, apart))} are on both sides of the split",
-        "split=patient; with one patient only, know that the score is for this patient", where)]
+        "split=patient", where)]
 
 def _chosen_on_reported(fold, chosen, where):
     "Folds whose model was chosen on rows that it is scored on."
@@ -215,7 +218,7 @@ def _pixel_findings(run, model, dataset):
     return check_encoder_input(model.backbone, call, raw, told if asked else model_scaling(model), "patches")
 
 def _patch_findings(run, data, dataset):
-    "The patches that the run's models get (SpotData, and its dataset): as cut, as augmented, as they reach the encoder."
+    "The patches that the run's models get (SpotData and its dataset): as cut, as augmented, as they reach the encoder."
     out = check_dataset(dataset)
     settings = data.settings
     if not settings.frozen:

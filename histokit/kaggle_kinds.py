@@ -100,13 +100,18 @@ write_table(working/"submission.csv", answer)
 display(answer.head())
 '''
 
+_DRAW = '''
+try: {draw}
+except Exception as e: print(f"the answer is handed in; it could not be drawn: {{e}}")
+'''
+
 def _infer_cells(task):
     "Cells that answer with an attached run."
     imports, ask, draw = _INFER[task]
     return [("md", "## The data\n\nThe run that answers, and what it is asked; both are attached."),
         ("code", _INFER_LOOK.format(imports=imports, task=task)),
         ("md", "## The submission\n\nThe file is there before anything is drawn."), ("code", ask + _HAND_IN),
-        ("md", "## What it looks like"), ("code", draw)]
+        ("md", "## What it looks like"), ("code", _DRAW.format(draw=draw))]
 
 # %% ../nbs/kaggle_kinds.ipynb #6ac09b6e
 _EXPLORE_PROMISES = dict(

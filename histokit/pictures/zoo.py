@@ -109,7 +109,7 @@ def load_as(kind):
         given = prepared.dataset
         def dataset(*args, **how):
             plain = given(*args, **how)
-            return kind(plain.file, plain.rows, plain.target, plain.augment)
+            return kind(plain.file, plain.rows, plain.target.numpy(), plain.augment)
         prepared.dataset = dataset
         return prepared
     return inject

@@ -74,7 +74,7 @@ def check_folds(
     shared = folds[folds.map(len) > 1]
     if not len(shared): return
     where = ", ".join(map(str, sorted(shared.iloc[0])))
-    leak = f"{what} '{shared.index[0]}' is in folds {where} ({len(shared)} such {what}s)"
+    leak = f"{what} '{shared.index[0]}' is in folds {where} ({len(shared)} in all)"
     raise BadInput(f"leak: {leak}; hold out all items of a {what} together")
 
 # %% ../../nbs/core/splits.ipynb #d7f492c6

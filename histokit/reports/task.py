@@ -26,7 +26,8 @@ from .prompts import read_prompts
 from .scoring import prompt_sentences, report_sentences, score_drafts, score_prompts
 from .vision_language import VLM_MODELS
 
-_all_ = ["find_data", "open_data", "check_answer"]        # a kernel of this task has the data and the answer of its classifier
+# a kernel of this task has the data and the answer of its classifier
+_all_ = ["find_data", "open_data", "check_answer"]
 
 # %% ../../nbs/reports/task.ipynb #f3652be5
 def write_reports(

@@ -330,6 +330,7 @@ def test_encoders_of_pictures_for_which_there_is_no_time(hands, pictures, tmp_pa
 def in_its_process(function, args, changes, say, slot):
     "A job in a process where memory suffices for few rows and the machine has two GPUs, as far as it is asked."
     module = importlib.import_module(function.partition(":")[0])
+    torch.set_num_threads(1)             # the same number here and there, or sums round otherwise
     def own(device, slot):
         with mock.patch("histokit.learn.devices.gpus", return_value=2): say(f"on {own_device(device, slot)}")
         return "cpu"

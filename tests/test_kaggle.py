@@ -142,7 +142,8 @@ LOOK = "check_start(parts"              # stands in the kernel's cell that looks
 
 def given(root, recipe="resnet18", **settings):
     "What the cells above have set."
-    defaults = dict(recipe=recipe, overrides="device=cpu", weights="", data_path="", competition="", out_dir="")
+    names = " patient_pattern= site_pattern=" if recipe in RECIPES else ""     # the toy set's say nothing of either
+    defaults = dict(recipe=recipe, overrides=f"device=cpu{names}", weights="", data_path="", competition="", out_dir="")
     return defaults | dict(kaggle_root=str(root), working=root/"working", temp=root/"temp") | settings
 
 

@@ -225,7 +225,7 @@ def test_runs_become_a_valid_submission(finished_run, second_run, demo_file, tmp
     assert said["gain"]["low"] <= said["gain"]["difference"] <= said["gain"]["high"]
     kept, oof = json.loads((tmp_path/"both"/"metrics.json").read_text()), pd.read_parquet(tmp_path/"both"/"oof.parquet")
     assert [r["name"] for r in kept["oof"]][-1] == "chosen out of fold"
-    compared = CliRunner().invoke(app, ["compare", str(finished_run), str(tmp_path/"both")])
+    compared = CliRunner().invoke(app, ["compare", str(finished_run), str(tmp_path/"both"), "--picture", ""])
     assert compared.exit_code == 0 and len(oof) == len(pd.read_parquet(finished_run/"oof.parquet"))
 
 

@@ -35,4 +35,8 @@ step "nbdev_test"
 HISTOKIT_DEMO_RUN="$tmp/demo" "$BIN/nbdev_test" --n_workers 2 --timing
 
 step "pytest"
+tree() { git status --porcelain 2>/dev/null || true; }
+before=$(tree)
 "$BIN/python" -m pytest -n 2 --dist worksteal ${PYTEST_ARGS:--m "not slow"}
+after=$(tree)
+[ "$after" = "$before" ] || { echo "the tests left these behind: $(comm -13 <(sort <<<"$before") <(sort <<<"$after"))"; exit 1; }

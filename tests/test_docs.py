@@ -62,6 +62,14 @@ def test_anchors_and_directives(docs, tmp_path):
     assert docs.fixed_links("[a](bench/x.py) [b](nbs/y.ipynb)") == "a [b](nbs/y.ipynb)"
 
 
+def test_the_site_has_every_notebook_that_the_readme_links_to(docs):
+    there = {p for wing in docs.WINGS for p in docs.notebooks(wing)} | set(docs.executed_kernels())
+    linked = {t.partition("#")[0] for t in links((ROOT/"README.md").read_text(encoding="utf-8"))}
+    linked = {ROOT/t for t in linked if t.endswith(".ipynb")}
+    assert linked <= there and set(docs.executed_kernels()) <= linked
+    assert docs.written("%%writefile {code}/params/x.yaml\na: 1") == "`params/x.yaml`\n\n````yaml\na: 1\n````"
+
+
 def test_the_workflow_runs_what_the_script_knows():
     jobs = yaml.safe_load((ROOT/".github"/"workflows"/"test.yml").read_text())["jobs"]
     known = re.search(r"^names=\((.*)\)$", (ROOT/"tools"/"matrix.sh").read_text(), re.M)[1].split()

@@ -58,6 +58,14 @@ def without_anchors(text):
     return re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text)
 
 
+def written(source):
+    "A cell that writes a file, as text in the file's language."
+    head, _, text = source.partition("\n")
+    name = head.rpartition("{code}/")[2]
+    language = dict(py="python", yaml="yaml").get(name.rpartition(".")[2], "text")
+    return f"`{name}`\n\n````{language}\n{text}\n````"
+
+
 def copy_notebook(page, to):
     "A page without directives, its anchors as the site has them."
     nb = json.loads(page.read_text(encoding="utf-8"))
@@ -65,6 +73,7 @@ def copy_notebook(page, to):
         source = "".join(c["source"])
         source = DIRECTIVE.sub("", source) if c["cell_type"] == "code" else lower_anchors(source)
         c["source"] = source
+        if source.startswith("%%writefile"): c.update(cell_type="markdown", source=written(source), outputs=[])
         for output in c.get("outputs", []):
             shown = output.get("data", {})
             if "text/markdown" in shown: shown["text/markdown"] = without_anchors("".join(shown["text/markdown"]))
@@ -207,6 +216,11 @@ def fixed_links(text):
     return re.sub(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)", one, text)
 
 
+def executed_kernels():
+    "The copies of kernels that were executed on synthetic data."
+    return sorted((ROOT/"kaggle_kernels").glob("*/executed.ipynb"))
+
+
 def gather(out):
     "All sources in one folder."
     shutil.rmtree(out, ignore_errors=True)
@@ -217,6 +231,7 @@ def gather(out):
     if (ROOT/"README_files").is_dir(): shutil.copytree(ROOT/"README_files", out/"README_files")
     for wing in WINGS:
         for page in notebooks(wing): copy_notebook(page, out/"nbs"/wing/page.name)
+    for page in executed_kernels(): copy_notebook(page, out/page.relative_to(ROOT))
     for extra in (ROOT/"nbs").rglob("*.md"): shutil.copy(extra, out/extra.relative_to(ROOT))
     for folder in (ROOT/"nbs").rglob("pictures"):
         if folder.is_dir() and not list(folder.glob("*.ipynb")): shutil.copytree(folder, out/folder.relative_to(ROOT))
@@ -230,7 +245,8 @@ def write_indexes(out):
     "The front page and the list of all pages."
     tutorials = [f"tutorials/{p.stem}" for p in sorted((ROOT/"docs"/"tutorials").glob("*.md"))]
     more = [p.relative_to(ROOT).with_suffix("").as_posix() for p in sorted((ROOT/"nbs").rglob("*.md"))]
-    trees = [toctree([*tutorials, *more], "Tutorials", True),
+    kernels = [p.relative_to(ROOT).with_suffix("").as_posix() for p in executed_kernels()]
+    trees = [toctree([*tutorials, *more], "Tutorials", True), toctree(kernels, "Kernels, executed", True),
         toctree(["pages", "gallery", "reference/index", "changelog"], "More", True)]
     readme = fixed_links((ROOT/"README.md").read_text(encoding="utf-8"))
     (out/"index.md").write_text(readme + "\n" + "\n".join(trees), encoding="utf-8")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -62,11 +63,14 @@ def test_anchors_and_directives(docs, tmp_path):
     assert docs.fixed_links("[a](bench/x.py) [b](nbs/y.ipynb)") == "a [b](nbs/y.ipynb)"
 
 
-def test_the_site_has_every_notebook_that_the_readme_links_to(docs):
+def test_the_site_has_every_notebook_that_the_readme_links_to(docs, tmp_path):
     there = {p for wing in docs.WINGS for p in docs.notebooks(wing)} | set(docs.executed_kernels())
     linked = {t.partition("#")[0] for t in links((ROOT/"README.md").read_text(encoding="utf-8"))}
     linked = {ROOT/t for t in linked if t.endswith(".ipynb")}
     assert linked <= there and set(docs.executed_kernels()) <= linked
+    for page in docs.executed_kernels():
+        docs.copy_notebook(page, tmp_path/page.name)
+        nbformat.validate(nbformat.read(tmp_path/page.name, 4))
     assert docs.written("%%writefile {code}/params/x.yaml\na: 1") == "`params/x.yaml`\n\n````yaml\na: 1\n````"
 
 

@@ -73,7 +73,9 @@ def copy_notebook(page, to):
         source = "".join(c["source"])
         source = DIRECTIVE.sub("", source) if c["cell_type"] == "code" else lower_anchors(source)
         c["source"] = source
-        if source.startswith("%%writefile"): c.update(cell_type="markdown", source=written(source), outputs=[])
+        if source.startswith("%%writefile"):
+            c.update(cell_type="markdown", source=written(source))
+            for key in ("outputs", "execution_count"): del c[key]
         for output in c.get("outputs", []):
             shown = output.get("data", {})
             if "text/markdown" in shown: shown["text/markdown"] = without_anchors("".join(shown["text/markdown"]))

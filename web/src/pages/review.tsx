@@ -69,13 +69,15 @@ function ReviewOf({ id }: { id: number }) {
   const help = useSignal(false)
   const seconds = useClock(id)
 
-  const read = () => readImage(id).then((d) => { detail.value = d; wrong.value = '' })
-    .catch((e: ApiError) => { if (!itemOf(id).value) wrong.value = e.message })
+  const shownId = useRef(id)
+  shownId.current = id                   // an answer about the picture before comes too late
+  const read = () => readImage(id).then((d) => { if (shownId.current === id) { detail.value = d; wrong.value = '' } })
+    .catch((e: ApiError) => { if (shownId.current === id && !itemOf(id).value) wrong.value = e.message })
   useEffect(() => {
     detail.value = null
     const known = itemOf(id).value
     active.value = known ? firstOpen(known) : null
-    void read().then(() => { active.value ??= firstOpen(itemOf(id).value) })
+    void read().then(() => { if (shownId.current === id) active.value ??= firstOpen(itemOf(id).value) })
     void warmNext(id)
   }, [id])
   useEffect(() => { if (imageChanged.value.id === id && imageChanged.value.n) void read() }, [imageChanged.value])
@@ -125,9 +127,11 @@ function actions(id: number, active: Cell, seconds: () => number) {
     say('You may look, not score: ask an administrator for the role “scorer”.', true)
     return false
   }
-  const current = () => all.find((m) => m.key === active.value) ?? all[0]
+  // Until the picture's details are there no measure is active yet: the first open one is meant.
+  const current = () => all.find((m) => m.key === (active.value ?? firstOpen(item()))) ?? all[0]
   const move = (by: 1 | -1) => {
-    const to = all[all.findIndex((m) => m.key === active.value) + by]
+    const from = current()
+    const to = all[all.findIndex((m) => m.key === from?.key) + by]
     if (to) active.value = to.key
     return Boolean(to)                 // beyond the last measure Tab goes on to the rest of the page
   }
@@ -147,6 +151,7 @@ function actions(id: number, active: Cell, seconds: () => number) {
       if (!m) return
       const value = Number(text)
       if (!allowed(m, value)) return say(`${m.name} goes from ${shown(m.low)} to ${shown(m.high)} in steps of ${m.step}.`, true)
+      active.value = m.key               // what is scored now is open no more
       set(m, value)
       move(1)
     },

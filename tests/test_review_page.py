@@ -331,6 +331,8 @@ def blind_first(ada, ben):
     page.get_by_label("Blind first").check()
     page.get_by_role("button", name="Save the settings").click()
     ada.see("text=Settings saved")
+    held = []                            # the list knows the picture before its details come: keys count already
+    ben.page.route("**/api/images/7", lambda route: held.append(route))
     ben.page.reload()
     ben.go("/review/7")
     ben.see("text=Blind first")
@@ -339,7 +341,11 @@ def blind_first(ada, ben):
     ben.press("Enter")
     assert ben.api("api/images/7")["mine"] == {}
     ben.press("1", "2", "3", "4")
+    assert held, "the details were asked for"
+    for route in held: route.continue_()
+    ben.page.unroute("**/api/images/7")
     ben.until("document.querySelectorAll('.draft').length === 4")
+    assert list(ben.api("api/images/7")["mine"].values()) == [1, 2, 3, 4]
     given = [e for e in ben.api("api/images/7")["events"] if e["kind"] == "score"]
     assert len(given) == 4 and not any(e["draft_visible"] for e in given)
 

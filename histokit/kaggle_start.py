@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['data_findings', 'weight_findings', 'hub_answers', 'internet_findings', 'package_findings', 'wants_gpu',
-           'card_findings', 'disk_findings', 'memory_left', 'memory_findings', 'check_start']
+           'card_findings', 'disk_findings', 'memory_findings', 'check_start']
 
 # %% ../nbs/kaggle_start.ipynb #0489707f
 import os, shutil
 from pathlib import Path
 
 from .core.checks import error, from_error, has_error, note, warning
-from .core.machine import ask_torch, existing_parent, memory_limit
+from .core.machine import ask_torch, existing_parent, memory_left
 from .core.mounted import cut_off, find_weights, install_mounted, list_mounted, mounted_files, size_text
 from .core.processes import call_ready
 from .core.text import BadInput, comma_parts, one_line
@@ -151,11 +151,6 @@ def disk_findings(
         said = f"{folder} has {size_text(left)} left, and the run needs about {size_text(need)}"
         found.append(note(said, where="disk") if left >= need else error(said, _ROOM, "disk"))
     return found
-
-def memory_left()->int:
-    "Bytes that are free: of the machine, or of this container's limit where that is lower."
-    import psutil
-    return min(psutil.virtual_memory().available, memory_limit() or 1 << 60)
 
 def memory_findings(
     need: int,               # bytes of the slides or pictures

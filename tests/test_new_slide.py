@@ -236,14 +236,21 @@ def test_the_chunk_changes_no_number(trained, mine, tmp_path):
 class Stop(BaseException): pass
 
 
-def test_a_slide_that_was_stopped_goes_on_and_gives_the_same_bytes(trained, mine, tmp_path, monkeypatch):
-    asked, encode, calls = NewSlide(str(mine)), Predictor.encode, []
-    predict_slides(trained, [asked], tmp_path/"whole", FEW, maps=1)
+def stops_at_the_second_part(monkeypatch):
+    "Encoding is stopped once, at the second part; the sizes of the parts that were begun."
+    encode, calls = Predictor.encode, []
     def stopping(self, dataset):
         calls.append(len(dataset))
         if len(calls) == 2: raise Stop
         return encode(self, dataset)
     monkeypatch.setattr(Predictor, "encode", stopping)
+    return calls
+
+
+def test_a_slide_that_was_stopped_goes_on_and_gives_the_same_bytes(trained, mine, tmp_path, monkeypatch):
+    asked = NewSlide(str(mine))
+    predict_slides(trained, [asked], tmp_path/"whole", FEW, maps=1)
+    calls = stops_at_the_second_part(monkeypatch)
     with pytest.raises(Stop): predict_slides(trained, [asked], tmp_path/"out", FEW, maps=1)
     kept = sorted((tmp_path/"out"/"mine"/"parts").glob("part_*.npy"))
     assert len(kept) == 1 and not (tmp_path/"out"/"mine"/"slide.json").exists()
@@ -256,12 +263,8 @@ def test_a_slide_that_was_stopped_goes_on_and_gives_the_same_bytes(trained, mine
 
 @pytest.mark.parametrize("changed", ["views", "picture"])
 def test_parts_of_something_else_are_not_gone_on_with(trained, mine, tmp_path, monkeypatch, changed):
-    asked, encode, calls = NewSlide(str(mine)), Predictor.encode, []
-    def stopping(self, dataset):
-        calls.append(len(dataset))
-        if len(calls) == 2: raise Stop
-        return encode(self, dataset)
-    monkeypatch.setattr(Predictor, "encode", stopping)
+    asked = NewSlide(str(mine))
+    stops_at_the_second_part(monkeypatch)
     with pytest.raises(Stop): predict_slides(trained, [asked], tmp_path/"out", FEW, maps=1)
     settings = replace(FEW, views="dihedral") if changed == "views" else FEW
     if changed == "picture":

@@ -7,11 +7,11 @@ __all__ = ['FOR_REPORTS', 'BUDGET_FILE', 'clock', 'Budget', 'run_began', 'open_b
            'numbers_in_words', 'say_budget', 'close_budget', 'budget_sentence']
 
 # %% ../../nbs/core/budget.ipynb #c921fda9
-import contextlib, fcntl, time
+import contextlib, time
 from dataclasses import dataclass
 
 from .files import read_json
-from .runs import RunFolder
+from .runs import RunFolder, is_at_work
 from .text import BadInput
 
 # %% ../../nbs/core/budget.ipynb #2213f8f0
@@ -68,21 +68,13 @@ def run_began(
     try: yield
     finally: (run/_BEGAN).unlink(missing_ok=True)
 
-def _at_work(run)->bool:
-    "Whether a pipeline holds the folder's lock."
-    if not run.has(".lock"): return False
-    with open(run/".lock") as f:
-        try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError: return True
-    return False
-
 def open_budget(
     run,                     # run folder
     hours: float,            # 0 = no limit
 )->Budget:
     "The budget of the run that is at work in a folder; of a stage alone, from now on."
     run, now = RunFolder(run), clock()
-    if not (hours and run.has(_BEGAN) and _at_work(run)): return Budget(hours, now)
+    if not (hours and run.has(_BEGAN) and is_at_work(run)): return Budget(hours, now)
     return Budget(hours, min(read_json(run/_BEGAN)["at"], now))
 
 # %% ../../nbs/core/budget.ipynb #2275b598

@@ -99,10 +99,11 @@ def attempt(
     findings: list,    # grows by one where it fails
     where: str,
     f, *args,
+    says=from_error,   # (exception, where) -> Finding
 ):                     # what f gave, or None
     "Call f; where it raises, that becomes a finding."
     try: return f(*args)
-    except Exception as e: findings.append(from_error(e, where))
+    except Exception as e: findings.append(says(e, where))
 
 # %% ../../nbs/core/checks.ipynb #34e40962
 def located(

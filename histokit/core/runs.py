@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'KEPT', 'REPORTED', 'RunFolder', 'assets', 'StageRecord', 'StageBook', 'earlier_seconds',
-           'package_fingerprint', 'remove_unfinished', 'run_lock', 'installed_versions', 'git_commit', 'provenance']
+           'package_fingerprint', 'remove_unfinished', 'run_lock', 'is_at_work', 'installed_versions', 'git_commit',
+           'provenance']
 
 # %% ../../nbs/core/runs.ipynb #6776019b
 import contextlib, fcntl, os, platform, re, shutil, subprocess, tempfile
@@ -195,6 +196,16 @@ def run_lock(
         except OSError:
             raise BadInput(f"another run is at work in {run}; wait for it, or give another --run-dir") from None
         yield
+
+def is_at_work(
+    run,             # folder of the run
+)->bool:
+    "Whether another process holds the folder's lock."
+    if not Path(run, ".lock").exists(): return False
+    with contextlib.suppress(OSError), open(Path(run, ".lock")) as f:
+        try: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError: return True
+    return False
 
 # %% ../../nbs/core/runs.ipynb #dbb2aeec
 REPORTED = ("torch", "torchvision", "timm", "numpy", "pandas", "h5py", "scipy", "torchsort", "staintools")

@@ -12,8 +12,9 @@ import h5py
 import numpy as np
 import torch
 
-from ..core.checks import error, from_error, located, note, warning
+from ..core.checks import attempt, error, from_error, located, note, warning
 from ..core.text import BadInput, one_line, some_of
+from .checks import modes_kept
 from .encoders import ENCODERS, pixel_stats
 from .scores import row_ranks
 
@@ -166,11 +167,13 @@ def try_theirs(
     f, *args,
 ):                       # what f gave, or None
     "Call code that was written elsewhere; what it raises becomes a finding."
-    try: return f(*args)
-    except BadInput as e: findings.append(from_error(e, where))
-    except Exception as e:
-        said = f"raises {type(e).__name__}: {one_line(e)[:200]}"
-        findings.append(error(said, "run it alone to see where it comes from", where))
+    return attempt(findings, where, f, *args, says=_raised)
+
+def _raised(e, where):
+    "A finding for what code of others raised."
+    if isinstance(e, BadInput): return from_error(e, where)
+    said = f"raises {type(e).__name__}: {one_line(e)[:200]}"
+    return error(said, "run it alone to see where it comes from", where)
 
 _PICTURES = ("image", "images", "pixel_values", "img", "x")
 _TARGETS = ("target", "targets", "label", "labels", "y")
@@ -352,11 +355,12 @@ def known_scaling(
 
 def model_scaling(
     model,               # ImageModel
+    asked: bool = False, # whether a run named mean or std itself
 )->tuple:                # mean, std, a number a channel
     "How pixels should reach a model's encoder: as timm knows it by name; of another source as the model was told."
-    asked = str(model.config.get("source", {}).get("backbone", ""))
+    name = str(model.config.get("source", {}).get("backbone", ""))
     told = tuple(model.config["mean"]), tuple(model.config["std"])
-    return told if asked in ENCODERS or ":" in asked else known_scaling(model.backbone)
+    return told if asked or name in ENCODERS or ":" in name else known_scaling(model.backbone)
 
 def _as_pixels(x, mean, std):
     "Pixels in 0-1 from what arrived, (B, C, H, W)."
@@ -372,7 +376,7 @@ def arrived_at(
     call,                # () -> anything: calls the model around it
 ):                       # (B, C, H, W) on the CPU; None where nothing arrived
     "The tensor that an encoder is given while a function runs."
-    seen, modes = [], {m: m.training for m in backbone.modules()}
+    seen = []
     hook = backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     given = backbone.forward_features           # pooled tokens are asked of it without a forward
     def features(x, *args, **how):
@@ -380,12 +384,12 @@ def arrived_at(
         return given(x, *args, **how)
     try:
         backbone.forward_features = features
-        backbone.eval()
-        call()
+        with modes_kept(backbone):
+            backbone.eval()
+            call()
     finally:
         del backbone.forward_features
         hook.remove()
-        for m, mode in modes.items(): m.training = mode
     return seen[0].detach().float().cpu() if seen else None
 
 # %% ../../nbs/learn/check_batches.ipynb #2b5fed90

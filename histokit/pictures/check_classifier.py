@@ -41,8 +41,7 @@ def _arrived_findings(run, model, data):
     "What arrives at a network's encoder, and whether its answers are repeatable."
     inputs, _ = data.dataset(data.train[:8]).batch(np.arange(min(8, len(data.train))))
     asked = any(run.parameters.get(name) for name in ("mean", "std"))
-    told = tuple(model.config["mean"]), tuple(model.config["std"])
-    image, scaling = inputs["image"], told if asked else model_scaling(model)
+    image, scaling = inputs["image"], model_scaling(model, asked)
     with modes_kept(model):
         found = check_encoder_input(model.backbone, lambda: model.eval()(image), image.float() / 255, scaling)
         return found + check_predictor(lambda x: model.eval()(x), image, model)

@@ -20,7 +20,7 @@ from .maps import show_slides, telling_types
 from .new_slide import normaliser_of
 from .patches import HESpotDataset, PatchSampler, normalised_coords, patch_size
 from .predictor import Predictor
-from .register import move_spots, register, registration_modes, slide_values
+from .prepare import register_slides
 from .slides import DataFactory
 from ..tissue.colour import subsample
 
@@ -34,10 +34,7 @@ def registered_test_slides(
     names = factory.names("Test")
     if not names: raise BadInput(f"{data_path} has no slide in spots/Test, so there is nothing to answer")
     asked = run.json_or("run.json", {}).get("parameters", {}).get("registration", "auto")
-    modes = registration_modes(str(asked), factory.names()) if _names_slides_of(asked, factory) else {}
-    for name in names:
-        found = register(factory.read_slide(name), *slide_values(factory, name), mode=modes.get(name, "auto"))
-        move_spots(factory, name, found)
+    register_slides(factory, str(asked) if _names_slides_of(asked, factory) else "auto", names)
     return factory
 
 def _names_slides_of(asked, factory):

@@ -213,9 +213,8 @@ def _pixel_findings(run, model, dataset):
     pictures = {name: inputs[name] for name in model.pictures}
     raw = torch.cat(list(pictures.values())).float() / 255
     asked = any(run.parameters.get(name) for name in ("mean", "std"))
-    told = tuple(model.config["mean"]), tuple(model.config["std"])
     call = lambda: model.eval().encode(**pictures)
-    return check_encoder_input(model.backbone, call, raw, told if asked else model_scaling(model), "patches")
+    return check_encoder_input(model.backbone, call, raw, model_scaling(model, asked), "patches")
 
 def _patch_findings(run, data, dataset):
     "The patches that the run's models get (SpotData and its dataset): as cut, as augmented, as they reach the encoder."

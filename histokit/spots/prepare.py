@@ -24,11 +24,12 @@ from .splits import assign_folds, is_divided, resolve_split, show_folds
 def register_slides(
     factory: DataFactory,      # its spots are moved in place
     registration: str = "auto",# auto, off, or scale,dx,dy; S_1:off;S_2:0.93,0,0 for some slides
+    slides=None,               # names; None = all
 )->dict:                       # slide -> Registration
     "Measure each slide's scale and shift, and move its spots where they are clear."
-    modes = registration_modes(registration, factory.names())
+    modes, slides = registration_modes(registration, factory.names()), slides or factory.names()
     measure = lambda n: register(factory.read_slide(n), *slide_values(factory, n), mode=modes[n])
-    found = {n: measure(n) for n in track(factory.names(), "slides registered")}
+    found = {n: measure(n) for n in track(slides, "slides registered")}
     for name, moved in found.items(): move_spots(factory, name, moved)
     return found
 
